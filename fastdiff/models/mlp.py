@@ -1,0 +1,83 @@
+"""A residual multilayer perceptron for points: two-dimensional toy data and other vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdiff.errors import check
+from fastdiff.models.layers import LabelEmbedding, TimeEmbedding, zero_init
+
+
+class MLP(nn.Module):
+    """Noise-conditional MLP: ``mlp(x, t, y=None)``, ``[N, dim]`` to ``[N, dim]``.
+
+    Args:
+        dim: of the points.
+        width, depth: of the hidden layers; each is a residual block conditioned on the time embedding.
+        num_classes: class-conditional on ``y`` as in :class:`~fastdiff.models.UNet`.
+        learned_variance: twice the outputs, the last half for the variance.
+
+    Raises:
+        InputError: inputs of the wrong shape, labels out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int = 2,
+        *,
+        width: int = 128,
+        depth: int = 4,
+        num_classes: int | None = None,
+        learned_variance: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            **{"dim": dim, "width": width, "depth": depth},
+            **{"num_classes": num_classes, "learned_variance": learned_variance},
+        }
+        check(dim >= 1 and width >= 2 and depth >= 1, f"dim, width and depth must be positive, got {dim}, {width}, {depth}")
+        self.dim = dim
+        self.time = TimeEmbedding(width, width)
+        self.label = LabelEmbedding(num_classes, width) if num_classes is not None else None
+        self.into = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.out = zero_init(nn.Linear(width, dim * (2 if learned_variance else 1)))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """x ``[N, dim]``, t ``[N]``, y int64 ``[N]``."""
+        check(x.ndim == 2 and x.shape[1] == self.dim, f"x must be [N, {self.dim}], got {list(x.shape)}")
+        check(t.shape == x.shape[:1], f"t must hold one time per sample ({len(x)}), got {list(t.shape)}")
+        check(y is None or self.label is not None, "this model takes no labels (num_classes=None)")
+        emb = self.time(t)
+        if self.label is not None:
+            emb = emb + self.label(y)
+        emb = F.silu(emb)
+        h = self.into(x)
+        for block in self.blocks:
+            h = block(h, emb)
+        out: Tensor = self.out(F.silu(h))
+        return out
+
+    def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
+        """``cond`` with its label dropped."""
+        check(self.label is not None and "y" in cond, "classifier-free guidance needs a class-conditional model and y")
+        assert self.label is not None
+        return {**cond, "y": self.label.null(cond["y"])}
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.emb = nn.Linear(width, 2 * width)
+        self.linear1, self.linear2 = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.emb(emb).chunk(2, 1)
+        inner = F.silu(self.linear1(torch.addcmul(shift, self.norm(h), 1 + scale)))
+        out: Tensor = h + self.linear2(inner)
+        return out

@@ -1,0 +1,161 @@
+"""Counter-based Gaussian noise: the value that belongs to (seed, sample, step, element).
+
+Philox4x32-10 (Salmon et al. 2011) with key = the 64-bit seed and counter = (quad index within the
+sample, step, sample id, stream); each counter gives four 32-bit words and, by Box-Muller, four normals,
+elements 4q ... 4q+3 of the sample in row-major order. So sample k gets the same noise in whatever batch,
+split, rank or backend it is drawn, and noise is never stored: whoever needs it again draws it again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InputError, check
+
+Seed = int | Sequence[int] | Tensor
+MASK = 0xFFFFFFFF
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+WEYL = 0x9E3779B9, 0xBB67AE85
+
+
+class Stream(IntEnum):
+    """The last word of the counter: draws for different purposes never meet."""
+
+    STEP = 0  #: z of a sampling step; step = row of the solver table
+    INITIAL = 1  #: the noise that sampling starts from; step = 0
+    TRAINING = 2  #: forward noising in training; step = training step
+    TIMESTEP = 3  #: the timestep a training sample gets; step = training step
+    DROPOUT = 4  #: whether a training sample loses its label; step = training step
+    LIKELIHOOD = 5  #: forward noising in bits_per_dim; step = timestep
+
+
+def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10, the reference form.
+
+    Args:
+        counter: int64 ``[..., 4]`` of 32-bit words (values 0 ... 2**32 - 1).
+        key: int64 ``[..., 2]`` of 32-bit words, broadcast against ``counter``.
+
+    Returns:
+        int64 ``[..., 4]`` of 32-bit words.
+    """
+    for name, words, width in (("counter", counter, 4), ("key", key, 2)):
+        check(words.dtype == torch.int64, f"{name} must be int64 holding 32-bit words, got {words.dtype}")
+        check(words.ndim > 0 and words.shape[-1] == width, f"{name} must end in {width} words, got {list(words.shape)}")
+    c0, c1, c2, c3 = (counter & MASK).unbind(-1)
+    k0, k1 = (key & MASK).unbind(-1)
+    for _ in range(10):
+        # int64 products wrap, but their 64 bits are those of the unsigned product.
+        low, high = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (high >> 32 & MASK) ^ c1 ^ k0, high & MASK, (low >> 32 & MASK) ^ c3 ^ k1, low & MASK
+        k0, k1 = k0 + WEYL[0] & MASK, k1 + WEYL[1] & MASK
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
+
+
+def normal(
+    shape: Sequence[int],
+    *,
+    seed: Seed,
+    step: int | Tensor = 0,
+    sample: Sequence[int] | Tensor | None = None,
+    stream: int = Stream.STEP,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals of ``shape`` ``[N, ...]``, one addressed stream per sample.
+
+    Args:
+        seed: one seed for the batch, or one per sample (int64 range, negative seeds are their two's complement).
+        step: row of the solver table or training step, one or ``[N]``, 0 ... 2**32 - 1.
+        sample: ids of the samples ``[N]``, 0 ... 2**32 - 1; default 0 ... N-1, or all 0 when each sample has
+            its own seed (so that it is the image this seed gives alone).
+        stream: what the noise is for, see :class:`Stream`.
+
+    Returns:
+        ``[N, ...]`` computed in float64 and rounded to ``dtype``; |z| <= 5.89.
+    """
+    shape = tuple(shape)
+    check(len(shape) > 0 and all(n >= 0 for n in shape), f"shape must be [N, ...] without negative sizes, got {list(shape)}")
+    quads = -(-math.prod(shape[1:]) // 4)
+    words = _words(shape[0], quads, seed, step, sample, stream, device)
+    z = box_muller(words).reshape(shape[0], 4 * quads)[:, : math.prod(shape[1:])]
+    return z.to(dtype).reshape(shape)
+
+
+def uniform_words(
+    count: int,
+    *,
+    seed: Seed,
+    step: int | Tensor = 0,
+    sample: Sequence[int] | Tensor | None = None,
+    stream: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """One uniform 32-bit word per sample, int64 ``[count]``: the first word of quad 0, addressed as in :func:`normal`."""
+    return _words(count, 1, seed, step, sample, stream, device)[:, 0, 0]
+
+
+def box_muller(words: Tensor) -> Tensor:
+    """Four normals from four 32-bit words, ``[..., 4]``, in float64.
+
+    The radius takes the upper 24 bits of words 0 and 2, as (w + 1/2) 2^-24; the angle all of words 1 and 3.
+    """
+    radius = (-2 * (((words[..., 0::2] >> 8) + 0.5) * 2.0**-24).log()).sqrt()
+    angle = words[..., 1::2] * (2 * math.pi * 2.0**-32)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(-2)
+
+
+def sample_ids(count: int, seed: Seed, sample: Sequence[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The (seed, sample id) pairs of a batch of ``count``: two int64 tensors ``[count]``."""
+    seeds = _whole_numbers("seed", seed)
+    check(seeds.ndim == 0 or seeds.shape == (count,), f"seed must be one or one per sample ({count}), got {list(seeds.shape)}")
+    if sample is None:
+        ids = torch.arange(count) if seeds.ndim == 0 else torch.zeros(count, dtype=torch.int64)
+    else:
+        ids = _word("sample", sample)
+        check(ids.shape == (count,), f"sample must hold one id per sample ({count}), got {list(ids.shape)}")
+    return seeds.expand(count), ids
+
+
+def _words(
+    count: int,
+    quads: int,
+    seed: Seed,
+    step: int | Tensor,
+    sample: Sequence[int] | Tensor | None,
+    stream: int,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Philox words ``[count, quads, 4]``, on ``device``."""
+    seeds, ids = (values.to(device) for values in sample_ids(count, seed, sample))
+    steps = _word("step", step).to(device)
+    check(steps.ndim == 0 or steps.shape == (count,), f"step must be one or one per sample ({count}), got {list(steps.shape)}")
+    quad = torch.arange(quads, device=seeds.device)
+    per_sample = (value[..., None].expand(count, quads) for value in (steps, ids, torch.full_like(ids, int(stream))))
+    counter = torch.stack((quad.expand(count, quads), *per_sample), -1)
+    key = torch.stack((seeds & MASK, seeds >> 32 & MASK), -1)[:, None]
+    return philox4x32(counter, key)
+
+
+def _word(name: str, value: object) -> Tensor:
+    """32-bit words as int64; a step on the device is taken as it is, for looking would wait for the device."""
+    words = _whole_numbers(name, value)
+    if words.device.type == "cpu" and words.numel():
+        low, high = words.aminmax()
+        check(low >= 0 and high <= MASK, f"{name} must lie in 0...2**32-1, got {int(low)} to {int(high)}")
+    return words
+
+
+def _whole_numbers(name: str, value: object) -> Tensor:
+    try:
+        table = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{name} must hold 64-bit whole numbers: {error}") from None
+    whole = not (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool)
+    check(whole or table.numel() == 0, f"{name} must hold whole numbers, got {table.dtype}")
+    return table.to(torch.int64)

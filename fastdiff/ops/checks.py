@@ -1,0 +1,44 @@
+"""What every op asks of its arguments; each failure is one :class:`InputError` that names the argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InputError, check
+
+
+def check_floating(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+    check(x.is_floating_point(), f"{name} must be a floating-point tensor, got {x.dtype}")
+    check(x.ndim >= 2, f"{name} must be [N, C, ...], got {list(x.shape)}")
+    check(not x.is_meta, f"{name} is a meta tensor and holds no values")
+
+
+def check_state(name: str, x: object) -> None:
+    check_floating(name, x)
+    assert isinstance(x, Tensor)
+    check(x.dtype in (torch.float32, torch.float64), f"{name} must be float32 or float64, got {x.dtype}")
+
+
+def check_same(name: str, y: Tensor, x: Tensor) -> None:
+    """``y`` has the shape and the device of ``x``."""
+    check(y.shape == x.shape, f"{name} must have shape {list(x.shape)}, got {list(y.shape)}")
+    check(y.device == x.device, f"{name} must be on {x.device}, got {y.device}")
+
+
+def check_per_sample(name: str, value: Tensor, x: Tensor) -> None:
+    check(value.shape == x.shape[:1], f"{name} must hold one number per sample ({len(x)}), got {list(value.shape)}")
+    check(value.device == x.device, f"{name} must be on {x.device}, got {value.device}")
+
+
+def check_scale(name: str, value: Tensor | float, x: Tensor) -> Tensor:
+    """A number or one number per sample, as a tensor."""
+    if isinstance(value, Tensor) and value.ndim:
+        check_per_sample(name, value, x)
+        return value
+    try:
+        return torch.tensor(float(value), dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be a number or one per sample, got {value!r}") from None

@@ -1,0 +1,169 @@
+"""The one loop: run the rows of a solver's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastdiff import noise as noises
+from fastdiff import ops
+from fastdiff.diffusion import Diffusion, Model
+from fastdiff.errors import InputError, check
+from fastdiff.guidance import ClassifierFree
+from fastdiff.ops.row import LETTERS
+from fastdiff.solvers import build_table
+
+
+@dataclass(frozen=True)
+class State:
+    """What a row has left: after row ``step`` (from 0) at ``timestep``, the state ``x`` and the estimate ``x0``."""
+
+    step: int
+    timestep: int
+    x: Tensor
+    x0: Tensor
+
+
+class Sampler:
+    """Draws samples from a model.
+
+    Args:
+        model: any callable ``model(x, t, **cond)`` that returns a tensor or an object with ``.sample``. A module
+            is used as it is: call ``.eval()`` on it if it has dropout.
+        diffusion: schedule, prediction type and variance the model was trained with.
+        solver: ``ddpm`` | ``ddim`` | ``euler`` | ``euler_a`` | ``heun`` | ``dpmpp_2m``.
+        steps: how many, 1 ... T, or the timesteps themselves in descending order.
+        spacing: ``trailing`` | ``leading`` | ``linspace`` | ``karras``.
+        guidance_scale: s of uncond + s (cond - uncond); 1 is the conditional model alone, the paper's w is
+            s - 1 (Ho & Salimans 2022, eq. 6). One, or one for each step.
+        clip: bound of the estimate of x0 in every row, 1.0 for images in [-1, 1]; None for no bound.
+        dtype: of the state, float32, or float64 for the reference in float64.
+        device: default, where the model's first parameter is.
+        options: the solver's own, for instance ``eta=0.5`` for ddim.
+
+    A sampler holds no state between calls: threads may share it. ``sampler.table.rows`` are its float64 rows.
+
+    Raises:
+        InputError: unknown names, steps outside 1 ... T, options the solver does not have.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        diffusion: Diffusion,
+        solver: str = "ddim",
+        steps: int | Sequence[int] | Tensor = 50,
+        spacing: str = "trailing",
+        guidance_scale: float | Sequence[float] = 1.0,
+        clip: float | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> None:
+        check(callable(model), f"model must be callable, got {type(model).__name__}")
+        check(dtype in (torch.float32, torch.float64), f"dtype must be float32 or float64, got {dtype}")
+        self.model, self.diffusion, self.dtype = model, diffusion, dtype
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self.device = torch.device(device or ("cpu" if parameter is None else parameter.device))
+        # The network gets its input in its own precision, the state keeps its own.
+        self._input_dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else dtype
+        self.timesteps = diffusion.schedule.timesteps(steps, spacing)
+        self.table = build_table(diffusion, self.timesteps, solver, guidance_scale=guidance_scale, clip=clip, **options)
+        self._table = self.table.tensor(self.device, dtype)
+        times = diffusion.schedule.c_noise[self.table.timesteps].to(self.device)
+        self._times = times.to(self._input_dtype) if times.is_floating_point() else times
+
+    def __call__(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: noises.Seed = 0,
+        sample: Sequence[int] | Tensor | None = None,
+        x: Tensor | None = None,
+        uncond: dict[str, Any] | None = None,
+        callback: Callable[[State], object] | None = None,
+        progress: bool = False,
+        **cond: Any,
+    ) -> Tensor:
+        """Draw samples of ``shape`` ``[N, C, ...]``; returns them in the sampler's dtype.
+
+        Args:
+            seed: one for the batch, or one per sample; sample k of a seed is the same in any batch or split.
+            sample: ids of the samples, default 0 ... N-1: to draw samples 64 ... 127 of a seed, pass those ids.
+            x: the noise to start from instead of the seed's, shape ``shape``.
+            uncond: the null condition, by the names of ``cond``; may be left out for models that know theirs.
+            callback: called with the :class:`State` after each row.
+            progress: show a progress bar.
+            cond: what the model is given besides x and t, one row per sample.
+        """
+        state = None
+        rows = self.iterate(shape, seed=seed, sample=sample, x=x, uncond=uncond, **cond)
+        for state in tqdm(rows, total=len(self.table), desc="sampling", disable=not progress):
+            if callback is not None:
+                callback(state)
+        assert state is not None  # a table has at least one row
+        return state.x
+
+    def iterate(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: noises.Seed = 0,
+        sample: Sequence[int] | Tensor | None = None,
+        x: Tensor | None = None,
+        uncond: dict[str, Any] | None = None,
+        **cond: Any,
+    ) -> Iterator[State]:
+        """Yield the :class:`State` after each row; arguments as in a call, checked before the first network call."""
+        shape = self._check_shape(shape)
+        self._check_conditions(shape[0], cond)
+        guidance = ClassifierFree(self.model, cond, uncond)
+        if (self.table.rows.w != 1).any():
+            guidance.uncond  # noqa: B018 - raises now rather than at some row
+        start = self._start(shape, seed, sample, x)
+        return self._run(start, guidance, seed, sample)
+
+    @torch.no_grad()
+    def _run(
+        self, x: Tensor, guidance: ClassifierFree, seed: noises.Seed, sample: Sequence[int] | Tensor | None
+    ) -> Iterator[State]:
+        rows = self.table.rows
+        history = tuple(torch.zeros_like(x) for _ in range(self.table.history))
+        anchor = torch.zeros_like(x) if self.table.anchored else None
+        for i in range(len(rows)):
+            x_in = x if rows.c_in[i] == 1 else x * self._table[i, LETTERS.index("c_in")]
+            out, uncond = guidance.outputs(x_in.to(self._input_dtype), self._times[i].expand(len(x)), rows.w[i] != 1)
+            noise_seed = seed if rows.s[i] != 0 else None
+            x, x0, history, anchor = ops.affine_step(
+                *(x, out, self._table, i), uncond=uncond, history=history, anchor=anchor, seed=noise_seed, sample=sample
+            )
+            yield State(i, int(self.table.timesteps[i]), x, x0)
+
+    def _start(
+        self, shape: tuple[int, ...], seed: noises.Seed, sample: Sequence[int] | Tensor | None, x: Tensor | None
+    ) -> Tensor:
+        """x at the first timestep: unit variance for variance-preserving schedules, sigma otherwise."""
+        if x is not None:
+            check(x.shape == shape, f"x must have shape {list(shape)}, got {list(x.shape)}")
+            check(x.is_floating_point(), f"x must be a floating-point tensor, got {x.dtype}")
+            return x.to(self.device, self.dtype)
+        stream = noises.Stream.INITIAL
+        noise = noises.normal(shape, seed=seed, sample=sample, stream=stream, device=self.device, dtype=self.dtype)
+        schedule = self.diffusion.schedule
+        return noise if schedule.variance_preserving else noise * float(schedule.sigma[self.timesteps[0]])
+
+    def _check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        valid = len(tuple(shape)) >= 2 and all(isinstance(n, int) and n >= 1 for n in shape)
+        check(valid, f"shape must be [N, C, ...] of sizes of at least 1, got {tuple(shape)}")
+        return tuple(shape)
+
+    def _check_conditions(self, n: int, cond: dict[str, Any]) -> None:
+        for name, value in cond.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) != n:
+                raise InputError(f"condition {name} must hold one row per sample ({n}), got {list(value.shape)}")
