@@ -104,7 +104,9 @@ class Diffusion:
     def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is given: ``c_in x_t`` and the time it understands, ``[N]``."""
         times = self.schedule.c_noise[t.cpu()].to(x_t.device)
-        return _spread(self.schedule.c_in[t.cpu()], x_t) * x_t, times.to(x_t.dtype) if times.is_floating_point() else times
+        return _spread(self.schedule.c_in[t.cpu()], x_t) * x_t, times.to(
+            x_t.dtype
+        ) if times.is_floating_point() else times
 
     # ---- losses -----------------------------------------------------------------------------
 
@@ -198,8 +200,8 @@ class Diffusion:
         """The variational bound on -log2 p(x0) per dimension, every term of it (Ho et al. 2020, eq. 5).
 
         Args:
-            decoder: of t = 0. ``discrete``: x0 is 8-bit images scaled to [-1, 1], the Gaussian is integrated over each of the
-                256 bins (eq. 13); ``gaussian``: its density, for continuous data.
+            decoder: of t = 0. ``discrete``: x0 is 8-bit images scaled to [-1, 1], the Gaussian is integrated over
+                each of the 256 bins (eq. 13); ``gaussian``: its density, for continuous data.
             clip: bound of the estimate of x0, None for no bound.
             seed, sample: address of the noise; timestep t of sample k sees noise (seed, k, t).
             batch: how many (sample, timestep) pairs go through the network at once.
@@ -221,7 +223,9 @@ class Diffusion:
             here = who.to(x0.device)
             data, some = x0[here], {k: v[here] if _per_sample(v, n) else v for k, v in cond.items()}
             stream = noises.Stream.LIKELIHOOD
-            noise = noises.normal(data.shape, seed=seed, step=t, sample=ids[who], stream=stream, device=x0.device, dtype=x0.dtype)
+            noise = noises.normal(
+                data.shape, seed=seed, step=t, sample=ids[who], stream=stream, device=x0.device, dtype=x0.dtype
+            )
             x_t = self.add_noise(data, noise, t)
             out = self._evaluate(model, x_t, t, x0.shape[1], some)
             terms[pairs] = self._vlb_terms(out, data, x_t, t, decoder, clip).double().cpu()
@@ -233,7 +237,9 @@ class Diffusion:
         """KL of q(x_T | x0) from what sampling starts with, mean bits per dimension ``[N]``."""
         alpha, sigma = self.schedule.alpha[-1], self.schedule.sigma[-1]
         std = torch.ones_like(sigma) if self.schedule.variance_preserving else sigma
-        return _bits(_gaussian_kl(alpha.to(x0) * x0, 2 * sigma.log().to(x0), torch.zeros_like(x0), 2 * std.log().to(x0)))
+        return _bits(
+            _gaussian_kl(alpha.to(x0) * x0, 2 * sigma.log().to(x0), torch.zeros_like(x0), 2 * std.log().to(x0))
+        )
 
     def _vlb_terms(
         self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, decoder: str, clip: float | None = None
@@ -271,7 +277,7 @@ class Diffusion:
         return alpha, sigma, torch.where(clean, 1.0, alpha_next), torch.where(clean, 0.0, sigma_next)
 
     def _log_variances(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log of the posterior variance and of beta, ``[N]``; t = 0 takes the posterior variance of t = 1 for the former.
+        """log of the posterior variance and of beta, ``[N]``; the former at t = 0 is that of t = 1.
 
         beta at t = 0 is its own, or the posterior variance of t = 1 for ``fixed_large``, whose decoder would
         be too wide otherwise (Ho et al. 2020, section 3.2).
@@ -291,14 +297,20 @@ class Diffusion:
         check(t.shape == x.shape[:1], f"t must hold one timestep per sample ({len(x)}), got {list(t.shape)}")
         if t.numel():
             low, high = int(t.min()), int(t.max())
-            check(low >= 0 and high < len(self.schedule), f"t must lie in 0...{len(self.schedule) - 1}, got {low} to {high}")
+            check(
+                low >= 0 and high < len(self.schedule),
+                f"t must lie in 0...{len(self.schedule) - 1}, got {low} to {high}",
+            )
 
     def _evaluate(self, model: Model, x_t: Tensor, t: Tensor, channels: int, cond: dict[str, Any]) -> Tensor:
         x_in, times = self.model_input(x_t, t)
         out = network_output(model(x_in, times, **cond))
         expected = channels * (2 if self.variance == "learned_range" else 1)
         shape = (x_t.shape[0], expected, *x_t.shape[2:])
-        check(out.shape == shape, f"with variance={self.variance} the model must return {list(shape)}, got {list(out.shape)}")
+        check(
+            out.shape == shape,
+            f"with variance={self.variance} the model must return {list(shape)}, got {list(out.shape)}",
+        )
         return out
 
     def _split(self, out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
@@ -328,7 +340,7 @@ def _finite_x0(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, T
 def _spread(value: Tensor, x: Tensor) -> Tensor:
     """``[N]`` as ``[N, 1, ...]`` in x's dtype (bool stays bool)."""
     value = value.reshape(-1, *(1,) * (x.ndim - 1)).to(x.device)
-    return value if value.dtype == torch.bool else value.to(x.dtype)
+    return value if value.dtype == torch.bool else value.to(dtype=x.dtype)
 
 
 def _per_sample(value: Any, n: int) -> bool:
@@ -342,11 +354,13 @@ def _bits(nats: Tensor) -> Tensor:
 def _gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """KL(N1 || N2) per element, nats."""
     difference = log_variance1 - log_variance2
-    return 0.5 * (difference.exp() - 1 - difference + (mean1 - mean2) ** 2 * (-log_variance2).exp())
+    kl: Tensor = (difference.expm1() - difference + (mean1 - mean2).square() * (-log_variance2).exp()) / 2
+    return kl
 
 
 def _gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    return 0.5 * (math.log(2 * math.pi) + log_variance + (x - mean) ** 2 * (-log_variance).exp())
+    nll: Tensor = (math.log(2 * math.pi) + log_variance + (x - mean).square() * (-log_variance).exp()) / 2
+    return nll
 
 
 def _discrete_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -80,7 +80,10 @@ def normal(
         ``[N, ...]`` computed in float64 and rounded to ``dtype``; |z| <= 5.89.
     """
     shape = tuple(shape)
-    check(len(shape) > 0 and all(n >= 0 for n in shape), f"shape must be [N, ...] without negative sizes, got {list(shape)}")
+    check(
+        len(shape) > 0 and all(n >= 0 for n in shape),
+        f"shape must be [N, ...] without negative sizes, got {list(shape)}",
+    )
     quads = -(-math.prod(shape[1:]) // 4)
     words = _words(shape[0], quads, seed, step, sample, stream, device)
     z = box_muller(words).reshape(shape[0], 4 * quads)[:, : math.prod(shape[1:])]
@@ -96,7 +99,7 @@ def uniform_words(
     stream: int,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """One uniform 32-bit word per sample, int64 ``[count]``: the first word of quad 0, addressed as in :func:`normal`."""
+    """One uniform 32-bit word per sample, int64 ``[count]``: word 0 of quad 0, addressed as in :func:`normal`."""
     return _words(count, 1, seed, step, sample, stream, device)[:, 0, 0]
 
 
@@ -113,7 +116,10 @@ def box_muller(words: Tensor) -> Tensor:
 def sample_ids(count: int, seed: Seed, sample: Sequence[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The (seed, sample id) pairs of a batch of ``count``: two int64 tensors ``[count]``."""
     seeds = _whole_numbers("seed", seed)
-    check(seeds.ndim == 0 or seeds.shape == (count,), f"seed must be one or one per sample ({count}), got {list(seeds.shape)}")
+    check(
+        seeds.ndim == 0 or seeds.shape == (count,),
+        f"seed must be one or one per sample ({count}), got {list(seeds.shape)}",
+    )
     if sample is None:
         ids = torch.arange(count) if seeds.ndim == 0 else torch.zeros(count, dtype=torch.int64)
     else:
@@ -134,7 +140,10 @@ def _words(
     """Philox words ``[count, quads, 4]``, on ``device``."""
     seeds, ids = (values.to(device) for values in sample_ids(count, seed, sample))
     steps = _word("step", step).to(device)
-    check(steps.ndim == 0 or steps.shape == (count,), f"step must be one or one per sample ({count}), got {list(steps.shape)}")
+    check(
+        steps.ndim == 0 or steps.shape == (count,),
+        f"step must be one or one per sample ({count}), got {list(steps.shape)}",
+    )
     quad = torch.arange(quads, device=seeds.device)
     per_sample = (value[..., None].expand(count, quads) for value in (steps, ids, torch.full_like(ids, int(stream))))
     counter = torch.stack((quad.expand(count, quads), *per_sample), -1)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastdiff import noise as noises
 from fastdiff import ops
+from fastdiff._progress import progress as show
 from fastdiff.diffusion import Diffusion, Model
 from fastdiff.errors import InputError, check
 from fastdiff.guidance import ClassifierFree
@@ -77,7 +77,8 @@ class Sampler:
         self.table = build_table(diffusion, self.timesteps, solver, guidance_scale=guidance_scale, clip=clip, **options)
         self._table = self.table.tensor(self.device, dtype)
         times = diffusion.schedule.c_noise[self.table.timesteps].to(self.device)
-        self._times = times.to(self._input_dtype) if times.is_floating_point() else times
+        wide = torch.promote_types(self._input_dtype, torch.float32)  # times have more digits than bf16
+        self._times = times.to(wide) if times.is_floating_point() else times
 
     def __call__(
         self,
@@ -99,12 +100,12 @@ class Sampler:
             x: the noise to start from instead of the seed's, shape ``shape``.
             uncond: the null condition, by the names of ``cond``; may be left out for models that know theirs.
             callback: called with the :class:`State` after each row.
-            progress: show a progress bar.
+            progress: show a progress bar on standard error.
             cond: what the model is given besides x and t, one row per sample.
         """
         state = None
         rows = self.iterate(shape, seed=seed, sample=sample, x=x, uncond=uncond, **cond)
-        for state in tqdm(rows, total=len(self.table), desc="sampling", disable=not progress):
+        for state in show(rows, len(self.table), "sampling", enabled=progress):
             if callback is not None:
                 callback(state)
         assert state is not None  # a table has at least one row

@@ -124,7 +124,9 @@ class Schedule:
             table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"betas must be a sequence of numbers in (0, 1): {error}") from None
-        check(table.ndim == 1 and len(table) > 0, f"betas must be one-dimensional and not empty, got {list(table.shape)}")
+        check(
+            table.ndim == 1 and len(table) > 0, f"betas must be one-dimensional and not empty, got {list(table.shape)}"
+        )
         return _from_betas(table, "from_betas", betas=table.tolist())
 
     @classmethod
@@ -199,14 +201,17 @@ class Schedule:
                 levels of Karras et al. 2022, eq. 5, each at the nearest timestep still free.
 
         Raises:
-            InputError: an unknown spacing, ``steps`` outside 1 ... T, a list that is not strictly descending in 0 ... T-1.
+            InputError: an unknown spacing, ``steps`` outside 1 ... T, a list that does not descend within 0 ... T-1.
         """
         total = len(self)
         choose("spacing", spacing, SPACINGS)
-        if not isinstance(steps, Integral):
-            return _free_list(steps, total)
-        check(not isinstance(steps, bool) and 1 <= steps <= total, f"steps must lie in 1...{total}, got {steps}")
-        steps = int(steps)
+        if isinstance(steps, Integral) and not isinstance(steps, bool):
+            return self._spaced(int(steps), spacing)
+        return _free_list(steps, total)
+
+    def _spaced(self, steps: int, spacing: str) -> Tensor:
+        total = len(self)
+        check(1 <= steps <= total, f"steps must lie in 1...{total}, got {steps}")
         count = torch.arange(steps, dtype=torch.int64)
         if spacing == "leading":
             return (count * total // steps).flip(0)
@@ -218,7 +223,7 @@ class Schedule:
 
     def _karras(self, steps: int) -> Tensor:
         """The timesteps whose noise-to-signal ratios are nearest to Karras levels, pushed apart where they meet."""
-        log_ratio = -0.5 * self.log_snr
+        log_ratio: Tensor = -0.5 * self.log_snr
         finite = log_ratio[torch.isfinite(log_ratio)]
         levels = karras_levels(steps, float(finite[0].exp()), float(finite[-1].exp()), 7.0).log()
         nearest = (log_ratio - levels[:, None]).abs().argmin(1)
@@ -226,7 +231,8 @@ class Schedule:
         count = torch.arange(steps)
         # Strictly descending: first push later ones down, then lift what fell below the cleanest end.
         down = (nearest + count).cummin(0).values - count
-        return torch.maximum(down, steps - 1 - count)
+        chosen: Tensor = torch.maximum(down, steps - 1 - count)
+        return chosen
 
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "from_betas", "edm", "flow")
@@ -245,7 +251,7 @@ def _length(timesteps: int) -> int:
     return timesteps
 
 
-def _from_betas(betas: Tensor, name: str, **settings: Any) -> Schedule:
+def _from_betas(betas: Tensor, name: str, /, **settings: Any) -> Schedule:
     """alpha-bar = prod(1 - beta), with 1 - alpha-bar computed without cancellation."""
     bad = ~((betas > 0) & (betas < 1))
     bad[-1] &= betas[-1] != 1
@@ -267,7 +273,7 @@ def _divide(numerator: Tensor, denominator: int) -> Tensor:
     return quotient + up.long()
 
 
-def _free_list(steps: Sequence[int] | Tensor, total: int) -> Tensor:
+def _free_list(steps: object, total: int) -> Tensor:
     try:
         table = torch.as_tensor(steps)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -275,5 +281,5 @@ def _free_list(steps: Sequence[int] | Tensor, total: int) -> Tensor:
     valid = table.ndim == 1 and len(table) > 0 and not table.is_floating_point() and table.dtype != torch.bool
     check(valid, f"timesteps must be a non-empty list of whole numbers, got {steps!r}")
     check(bool((table.diff() < 0).all()), f"timesteps must be strictly descending, got {table.tolist()}")
-    check(0 <= table[-1] and table[0] < total, f"timesteps must lie in 0...{total - 1}, got {table.tolist()}")
+    check(table[-1] >= 0 and table[0] < total, f"timesteps must lie in 0...{total - 1}, got {table.tolist()}")
     return table.to("cpu", torch.int64)

@@ -38,7 +38,8 @@ class Grid:
     @classmethod
     def of(cls, schedule: Schedule, timesteps: Tensor) -> Grid:
         clean = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        alpha, sigma = (torch.cat(pair) for pair in zip((schedule.alpha[timesteps], schedule.sigma[timesteps]), clean, strict=True))
+        levels = schedule.alpha[timesteps], schedule.sigma[timesteps]
+        alpha, sigma = (torch.cat(pair) for pair in zip(levels, clean, strict=True))
         return cls(alpha, sigma, schedule.config["name"] == "flow")
 
     @property
@@ -163,7 +164,10 @@ def heun(grid: Grid) -> Letters:
     a, b, _ = rows.ddim(*grid.steps)
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     predictor = {
-        **{"a": a, "b": b, "e": zero, "k": zero},
+        "a": a,
+        "b": b,
+        "e": zero,
+        "k": zero,
         "m": scale_next / scale * (1 + half / level),
         "n": -scale_next * half / level,
     }
@@ -178,7 +182,7 @@ def dpmpp_2m(grid: Grid) -> Letters:
 
     First order in the first step and in the last, whose log-SNR is infinite.
     """
-    alpha, sigma, alpha_next, sigma_next = grid.steps
+    _, sigma, alpha_next, sigma_next = grid.steps
     half_log_snr = (grid.alpha / grid.sigma).log()
     h = half_log_snr.diff()
     weight = torch.zeros_like(h)
@@ -200,14 +204,19 @@ def _scales(guidance_scale: float | Sequence[float], steps: int) -> Tensor:
         scales = torch.as_tensor(guidance_scale, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"guidance_scale must be a number or one for each step: {error}") from None
-    check(scales.ndim == 0 or scales.shape == (steps,), f"guidance_scale must be one or one for each of {steps} steps, got {list(scales.shape)}")
+    check(
+        scales.ndim == 0 or scales.shape == (steps,),
+        f"guidance_scale must be one or one for each of {steps} steps, got {list(scales.shape)}",
+    )
     check(bool(torch.isfinite(scales).all()), f"guidance_scale must be finite, got {guidance_scale}")
     return scales.expand(steps)
 
 
 def _step_table(table: Tensor, times: Tensor, timesteps: Tensor) -> StepTable:
     columns = (times.double(), *table.unbind(1))
-    record = np.rec.fromarrays([column.numpy() for column in columns], names=("t", *rows.LETTERS))
+    record = np.rec.fromarrays(  # type: ignore[call-overload]
+        [column.numpy() for column in columns], names=("t", *rows.LETTERS)
+    )
     used = [letter for letter in ("c1", "c2", "c3") if np.any(record[letter])]
     anchored = bool(np.any(record.e))
     return StepTable(record, timesteps, int(used[-1][1]) if used else 0, anchored)

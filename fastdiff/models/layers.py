@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from fastdiff import ops
 from fastdiff.errors import check
 
-
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -24,15 +23,18 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return F.pad(torch.cat((angles.cos(), angles.sin()), -1), (0, dim % 2))
 
 
-class TimeEmbedding(nn.Sequential):
+class TimeEmbedding(nn.Module):
     """t ``[N]`` to the embedding ``[N, emb]`` that conditions every block."""
 
     def __init__(self, dim: int, emb: int) -> None:
-        super().__init__(nn.Linear(dim, emb), nn.SiLU(), nn.Linear(emb, emb))
+        super().__init__()
         self.dim = dim
+        self.linear1, self.linear2 = nn.Linear(dim, emb), nn.Linear(emb, emb)
 
     def forward(self, t: Tensor) -> Tensor:
-        return super().forward(timestep_embedding(t, self.dim).to(self[0].weight.dtype))
+        angles = timestep_embedding(t, self.dim).to(self.linear1.weight.dtype)
+        emb: Tensor = self.linear2(F.silu(self.linear1(angles)))
+        return emb
 
 
 class LabelEmbedding(nn.Embedding):
@@ -105,12 +107,9 @@ class ResBlock(nn.Module):
         h = self.conv1(resample(self.norm1(x), self.resample))
         x = resample(x, self.resample)
         condition = self.emb(emb)
-        if self.scale_shift:
-            h = self.norm2(h, *condition.chunk(2, 1))
-        else:
-            h = self.norm2(h + condition[:, :, None, None])
-        skip: Tensor = self.skip(x)
-        return skip + self.conv2(self.dropout(h))
+        h = self.norm2(h, *condition.chunk(2, 1)) if self.scale_shift else self.norm2(h + condition[:, :, None, None])
+        out: Tensor = self.skip(x) + self.conv2(self.dropout(h))
+        return out
 
 
 class Attention(nn.Module):
@@ -129,7 +128,8 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, c // self.heads)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.out(attended).transpose(1, 2).reshape(n, c, height, width)
+        out: Tensor = self.out(attended)
+        return x + out.transpose(1, 2).reshape(n, c, height, width)
 
 
 class Downsample(nn.Conv2d):

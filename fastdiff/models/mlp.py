@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,10 +35,16 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
-            **{"dim": dim, "width": width, "depth": depth},
-            **{"num_classes": num_classes, "learned_variance": learned_variance},
+            "dim": dim,
+            "width": width,
+            "depth": depth,
+            "num_classes": num_classes,
+            "learned_variance": learned_variance,
         }
-        check(dim >= 1 and width >= 2 and depth >= 1, f"dim, width and depth must be positive, got {dim}, {width}, {depth}")
+        check(
+            dim >= 1 and width >= 2 and depth >= 1,
+            f"dim, width and depth must be positive, got {dim}, {width}, {depth}",
+        )
         self.dim = dim
         self.time = TimeEmbedding(width, width)
         self.label = LabelEmbedding(num_classes, width) if num_classes is not None else None
@@ -72,12 +77,9 @@ class MLP(nn.Module):
 class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.emb = nn.Linear(width, 2 * width)
+        self.emb = nn.Linear(width, width)
         self.linear1, self.linear2 = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        scale, shift = self.emb(emb).chunk(2, 1)
-        inner = F.silu(self.linear1(torch.addcmul(shift, self.norm(h), 1 + scale)))
-        out: Tensor = h + self.linear2(inner)
+        out: Tensor = h + self.linear2(F.silu(self.linear1(F.silu(h + self.emb(emb)))))
         return out

@@ -45,7 +45,8 @@ class UNet(nn.Module):
         condition_channels: channels of an image ``condition`` joined to x (Palette, Saharia et al. 2022);
             a smaller one is upsampled to x's size.
 
-    The CIFAR-10 network of Ho et al. 2020 is ``UNet(32, channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1)``.
+    The CIFAR-10 network of Ho et al. 2020 is
+    ``UNet(32, channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1)``.
 
     Raises:
         InputError: a configuration that does not fit together, inputs of the wrong shape, labels out of range.
@@ -79,7 +80,12 @@ class UNet(nn.Module):
         self.in_channels, self.condition_channels = in_channels, condition_channels
         self.factor = 2 ** (len(channel_mult) - 1)
         emb = 4 * model_channels
-        common: dict[str, Any] = {"groups": norm_groups, "eps": norm_eps, "dropout": dropout, "scale_shift": scale_shift}
+        common: dict[str, Any] = {
+            "groups": norm_groups,
+            "eps": norm_eps,
+            "dropout": dropout,
+            "scale_shift": scale_shift,
+        }
 
         def res(inside: int, outside: int, direction: int = 0) -> ResBlock:
             return ResBlock(inside, outside, emb, **common, resample=direction)
@@ -94,7 +100,9 @@ class UNet(nn.Module):
             return Upsample(channels) if direction > 0 else Downsample(channels)
 
         def block(inside: int, outside: int, size: int) -> nn.ModuleList:
-            return nn.ModuleList([res(inside, outside), *([attention(outside)] if size in attention_resolutions else [])])
+            return nn.ModuleList(
+                [res(inside, outside), *([attention(outside)] if size in attention_resolutions else [])]
+            )
 
         self.time = TimeEmbedding(model_channels, emb)
         self.label = LabelEmbedding(num_classes, emb) if num_classes is not None else None
@@ -153,7 +161,10 @@ class UNet(nn.Module):
             return x
         expected = (len(x), self.condition_channels)
         valid = condition is not None and condition.ndim == 4 and condition.shape[:2] == expected
-        check(valid, f"condition must be {[*expected, 'h', 'w']}, got {None if condition is None else list(condition.shape)}")
+        check(
+            valid,
+            f"condition must be {[*expected, 'h', 'w']}, got {None if condition is None else list(condition.shape)}",
+        )
         assert condition is not None
         if condition.shape[2:] != x.shape[2:]:
             condition = F.interpolate(condition, x.shape[2:], mode="bilinear", antialias=True)
@@ -178,7 +189,10 @@ def _run(block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
 def _check_config(image_size: int, channel_mult: Sequence[int], attention_resolutions: Sequence[int]) -> None:
     check(len(channel_mult) > 0, "channel_mult must name at least one level")
     factor = 2 ** (len(channel_mult) - 1)
-    check(image_size % factor == 0, f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times (channel_mult)")
+    check(
+        image_size % factor == 0,
+        f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times (channel_mult)",
+    )
     sizes = [image_size >> level for level in range(len(channel_mult))]
     unknown = sorted(set(attention_resolutions) - set(sizes))
     check(not unknown, f"attention_resolutions {unknown} do not occur: the levels are {sizes}")

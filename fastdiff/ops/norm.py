@@ -36,8 +36,16 @@ def group_norm_silu(
     choose("activation", activation, ("silu", "none"))
     n, channels = x.shape[:2]
     check(groups > 0 and channels % groups == 0, f"{channels} channels cannot be split into {groups} groups")
-    shapes = {"weight": (weight, (channels,)), "bias": (bias, (channels,)), "scale": (scale, (n, channels)), "shift": (shift, (n, channels))}
+    shapes = {
+        "weight": (weight, (channels,)),
+        "bias": (bias, (channels,)),
+        "scale": (scale, (n, channels)),
+        "shift": (shift, (n, channels)),
+    }
     for name, (value, shape) in shapes.items():
-        check(value is None or value.shape == shape, f"{name} must be {list(shape)}, got {value is not None and list(value.shape)}")
+        check(
+            value is None or value.shape == shape,
+            f"{name} must be {list(shape)}, got {value is not None and list(value.shape)}",
+        )
     result: Tensor = body("group_norm_silu", x.device)(x, groups, weight, bias, eps, scale, shift, activation)
     return result

@@ -21,9 +21,25 @@ from torch import Tensor
 from fastdiff.errors import check, choose
 
 DEFAULTS = {
-    **{"c_in": 1.0, "w": 1.0, "p": 0.0, "q": 1.0, "clip": torch.inf},
-    **{"a": 0.0, "b": 0.0, "c1": 0.0, "c2": 0.0, "c3": 0.0, "e": 0.0, "s": 0.0, "lo": 0.0, "hi": 0.0},
-    **{"u": 0.0, "v": 0.0, "k": 1.0, "m": 0.0, "n": 0.0},
+    "c_in": 1.0,
+    "w": 1.0,
+    "p": 0.0,
+    "q": 1.0,
+    "clip": torch.inf,
+    "a": 0.0,
+    "b": 0.0,
+    "c1": 0.0,
+    "c2": 0.0,
+    "c3": 0.0,
+    "e": 0.0,
+    "s": 0.0,
+    "lo": 0.0,
+    "hi": 0.0,
+    "u": 0.0,
+    "v": 0.0,
+    "k": 1.0,
+    "m": 0.0,
+    "n": 0.0,
 }
 LETTERS = tuple(DEFAULTS)
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -39,7 +55,9 @@ def make_table(rows: int, **letters: Tensor | float) -> Tensor:
     for letter, value in letters.items():
         choose("letter", letter, LETTERS)
         column = torch.as_tensor(value, dtype=torch.float64)
-        check(letter == "clip" or bool(torch.isfinite(column).all()), f"coefficient {letter} must be finite, got {value}")
+        check(
+            letter == "clip" or bool(torch.isfinite(column).all()), f"coefficient {letter} must be finite, got {value}"
+        )
         table[:, LETTERS.index(letter)] = column
     return table
 

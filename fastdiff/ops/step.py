@@ -20,6 +20,9 @@ from fastdiff.ops.dispatch import body
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
+Levels = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 class Step(NamedTuple):
     """What one row leaves: the next state, the estimate of x0 and the stored vectors."""
 
@@ -166,18 +169,16 @@ def posterior_letters(
     return {"a": a, "b": b, "s": torch.where(noisy, small if variance == "fixed_small" else large, 0.0).sqrt()}
 
 
-def _levels(x: Tensor, *levels: Tensor | float) -> list[Tensor]:
+def _levels(x: Tensor, *levels: Tensor | float) -> Levels:
     """The four levels as float64 host tensors of one length."""
     names = ("alpha", "sigma", "alpha_next", "sigma_next")
-    return list(
-        torch.broadcast_tensors(
-            *(check_scale(name, level, x).double().cpu().reshape(-1) for name, level in zip(names, levels, strict=True))
-        )
-    )
+    columns = [check_scale(name, level, x) for name, level in zip(names, levels, strict=True)]
+    alpha, sigma, alpha_next, sigma_next = torch.broadcast_tensors(*(c.double().cpu().reshape(-1) for c in columns))
+    return alpha, sigma, alpha_next, sigma_next
 
 
 def _table(
-    x: Tensor, levels: list[Tensor], prediction: str, clip: float | None, scale: float, **letters: Tensor
+    x: Tensor, levels: Levels, prediction: str, clip: float | None, scale: float, **letters: Tensor
 ) -> tuple[Tensor, int | Tensor]:
     p, q = rows.to_x0(prediction, *levels[:2])
     count = len(p)
@@ -209,7 +210,10 @@ def _check_step(
         if vector is not None:
             check_floating(name, vector)
             check_same(name, vector, x)
-    check(table.ndim == 2 and table.shape[1] == len(rows.LETTERS), f"table must be [R, {len(rows.LETTERS)}], got {list(table.shape)}")
+    check(
+        table.ndim == 2 and table.shape[1] == len(rows.LETTERS),
+        f"table must be [R, {len(rows.LETTERS)}], got {list(table.shape)}",
+    )
     check(table.device == x.device, f"table must be on {x.device}, got {table.device}")
     if isinstance(row, Tensor):
         check(row.dtype == torch.int64, f"row must be int64, got {row.dtype}")

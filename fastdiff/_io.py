@@ -1,0 +1,63 @@
+"""Every write to disk goes through here: synced, atomic, and in one place for tests to break."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a new file and wait until it is on disk."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the directory's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename and wait until the new name is on disk."""
+    os.rename(source, target)
+    sync_directory(target.parent)
+
+
+def remove_tree(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def beside(path: Path) -> Path:
+    """A fresh hidden name in the same directory, for what is not finished."""
+    return path.parent / f".unfinished-{path.name}-{uuid.uuid4().hex[:8]}"
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, over an old one of that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = beside(path)
+    try:
+        write(unfinished, content)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    replace(path, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,45 @@
+"""The command ``fastdiff``: one file per command, one vocabulary of options."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+import typer
+
+from fastdiff.cli import demo, info, sample, train
+from fastdiff.errors import InputError
+
+app = typer.Typer(
+    name="fastdiff",
+    help="Train diffusion models and sample from them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (demo.demo, train.train, sample.sample, info.info):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 2 bad input (one line on standard error), 130 interrupted."""
+    warnings.showwarning = lambda message, *_: print(f"fastdiff: warning: {message}", file=sys.stderr)
+    try:
+        status = app(args=arguments, standalone_mode=False)
+    except (InputError, OSError) as error:
+        return _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # what the option parser raises
+        if message is None:
+            raise
+        return _fail(message() or "no command given: see fastdiff --help", 2)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"fastdiff: {' '.join(message.split())}", file=sys.stderr)
+    return status

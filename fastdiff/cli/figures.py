@@ -1,0 +1,161 @@
+"""The pictures that commands leave behind. Each is written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff import _io, noise
+from fastdiff.diffusion import Diffusion
+from fastdiff.errors import check
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TILE = 64  # pixels that a small image is enlarged to, at least
+
+
+def require_matplotlib() -> None:
+    """Raise :class:`~fastdiff.errors.InputError` where matplotlib is missing, before any work is done."""
+    check(find_spec("matplotlib"), "this needs matplotlib: pip install 'fastdiff[demo]'")
+
+
+def loss_curve(path: Path, losses: list[float]) -> None:
+    """The loss of every step and its running mean; without matplotlib, only a line that says so."""
+    if not find_spec("matplotlib"):
+        print(f"{path.name} is left out: it needs matplotlib, pip install 'fastdiff[demo]'", file=sys.stderr)
+        return
+    figure, axes = _figure(1, 1, size=(6.4, 4.0))
+    window = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    axes[0, 0].plot(losses, color="#c6d4e8", linewidth=0.7, label="each step")
+    axes[0, 0].plot(np.arange(len(smooth)) + window - 1, smooth, color="#1f4e8c", label=f"mean of {window}")
+    if min(losses, default=0.0) > 0:
+        axes[0, 0].set_yscale("log")
+    axes[0, 0].set(xlabel="training step", ylabel="loss")
+    axes[0, 0].legend(frameon=False)
+    _save(figure, path)
+
+
+def image_grid(path: Path, images: Tensor, columns: int = 10) -> None:
+    """uint8 images ``[N, C, H, W]`` side by side."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(_mosaic(images, columns)).save(buffer, "png")
+    _io.replace(path, buffer.getvalue())
+
+
+def labelled_grid(path: Path, rows: list[tuple[str, Tensor]], title: str) -> None:
+    """One row of uint8 images ``[N, C, H, W]`` for each name."""
+    columns = max(len(images) for _, images in rows)
+    figure, axes = _figure(len(rows), columns, size=(0.62 * columns + 0.5, 0.62 * len(rows) + 0.5))
+    for (name, images), line in zip(rows, axes, strict=True):
+        for image, axis in zip(images, line, strict=False):
+            axis.imshow(_to_array(image), cmap="gray", vmin=0, vmax=255)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    _bare(axes)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def noising_strip(path: Path, diffusion: Diffusion, x0: Tensor, to_raw: Any, title: str) -> None:
+    """The forward process of a few images ``[N, C, H, W]`` (network scale), one column for each of some timesteps."""
+    moments = torch.linspace(0, len(diffusion.schedule) - 1, 9).long()
+    columns = [to_raw(_noised(diffusion, x0, t)) for t in moments]
+    figure, axes = _figure(len(x0), len(moments) + 1, size=(0.9 * (len(moments) + 1), 0.9 * len(x0) + 0.6))
+    for j, (name, images) in enumerate(
+        [("$x_0$", to_raw(x0)), *((f"t = {int(t)}", c) for t, c in zip(moments, columns, strict=True))]
+    ):
+        axes[0, j].set_title(name, fontsize=8)
+        for i, image in enumerate(images):
+            axes[i, j].imshow(_to_array(image), cmap="gray", vmin=0, vmax=255)
+    _bare(axes)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def animation(path: Path, frames: list[Tensor], columns: int = 10, milliseconds: int = 80) -> None:
+    """A GIF of uint8 images ``[N, C, H, W]``, the last frame held."""
+    from PIL import Image
+
+    first, *others = [Image.fromarray(_mosaic(frame, columns)) for frame in frames]
+    durations = [milliseconds] * len(others) + [25 * milliseconds]
+    buffer = io.BytesIO()
+    first.save(buffer, "gif", save_all=True, append_images=others, duration=durations, loop=0)
+    _io.replace(path, buffer.getvalue())
+
+
+def point_trajectories(path: Path, diffusion: Diffusion, data: Tensor, to_raw: Any, reverse: list[Tensor]) -> None:
+    """Above, data ``[N, 2]`` (network scale) is noised; below, noise turns into samples (data units); noise is right."""
+    last = len(diffusion.schedule) - 1
+    moments = [round(last * i / (len(reverse) - 1)) for i in range(1, len(reverse))]
+    forward = [
+        ("data", to_raw(data)),
+        *((f"t = {t}", to_raw(_noised(diffusion, data, torch.tensor(t)))) for t in moments),
+    ]
+    figure, axes = _figure(2, len(reverse), size=(2.1 * len(reverse), 4.6))
+    for axis, (name, points) in zip(axes[0], forward, strict=True):
+        _scatter(axis, points, name, "#1f4e8c")
+    names = ["samples", *("" for _ in reverse[2:]), "start"]
+    for axis, name, points in zip(axes[1], names, reversed(reverse), strict=True):
+        _scatter(axis, points, name, "#b3541e")
+    axes[0, 0].set_ylabel("forward")
+    axes[1, 0].set_ylabel("reverse")
+    low, high = forward[0][1].amin(0), forward[0][1].amax(0)
+    margin = 0.25 * (high - low)
+    for axis in axes.flat:
+        axis.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+    _save(figure, path)
+
+
+def _noised(diffusion: Diffusion, x0: Tensor, t: Tensor) -> Tensor:
+    """x_t along one path: the same noise at every t."""
+    return diffusion.add_noise(x0, noise.normal(x0.shape, seed=0, stream=noise.Stream.TRAINING), t.expand(len(x0)))
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _scatter(axis: Axes, points: Tensor, title: str, color: str) -> None:
+    axis.scatter(points[:, 0], points[:, 1], s=1.0, color=color, alpha=0.4, linewidths=0)
+    axis.set(xticks=[], yticks=[], title=title)
+
+
+def _bare(axes: Any) -> None:
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    _io.replace(path, buffer.getvalue())
+
+
+def _mosaic(images: Tensor, columns: int) -> Any:
+    """``[N, C, H, W]`` uint8 to one array ``[H', W']`` or ``[H', W', 3]``, small images enlarged without blur."""
+    from torchvision.utils import make_grid
+
+    scale = max(1, -(-TILE // images.shape[-1]))
+    large = F.interpolate(images.float(), scale_factor=float(scale), mode="nearest").byte()
+    return _to_array(make_grid(large, nrow=columns, padding=2, pad_value=255)[: images.shape[1]])
+
+
+def _to_array(image: Tensor) -> Any:
+    """``[C, H, W]`` to ``[H, W]`` for one channel, else ``[H, W, 3]``."""
+    return image[0].numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy()

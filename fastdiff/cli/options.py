@@ -1,0 +1,77 @@
+"""The options that commands share: one name, one meaning."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import typer
+
+from fastdiff import ops
+from fastdiff.errors import InputError, check
+
+DATA_HELP = "digits, swiss-roll, moons-circles, parabola, mnist, fashion-mnist, emnist, cifar10 or folder:PATH"
+
+DataName = Annotated[str, typer.Option("--data", help=DATA_HELP)]
+ImageSize = Annotated[int | None, typer.Option(help="resize images to this; default: as they are")]
+OutDir = Annotated[Path | None, typer.Option("--out", help="directory for everything that is written")]
+CheckpointPath = Annotated[Path, typer.Option("--checkpoint", help="a run directory, or a checkpoint in one")]
+DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")]
+BackendName = Annotated[str, typer.Option("--backend", help="of the ops: auto, reference, native or triton")]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device by name.
+
+    Raises:
+        InputError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    check(device.type != "meta", "--device meta holds no values: choose cpu or cuda")
+    return device
+
+
+def choose_backend(name: str) -> AbstractContextManager[None]:
+    """The backend of the ops, for a ``with`` block."""
+    return ops.backend(name)
+
+
+def with_fields(config_type: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make each field of a dataclass an option of a command, which gets the instance as ``config``."""
+    hints = get_type_hints(config_type)
+
+    def parameter(field: Any) -> inspect.Parameter:
+        option = typer.Option(help=field.metadata["help"])
+        annotation = Annotated[hints[field.name], option]  # type: ignore[valid-type]
+        return inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
+        )
+
+    def wrap(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [
+            parameter(f) for f in fields(config_type)
+        ]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> Any:
+            config = config_type(**{field.name: values.pop(field.name) for field in fields(config_type)})
+            return command(config=config, **values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return wrap

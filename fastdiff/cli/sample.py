@@ -1,0 +1,145 @@
+"""``fastdiff sample``."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff import _io
+from fastdiff._progress import progress
+from fastdiff.cli import figures
+from fastdiff.cli.options import (
+    BackendName,
+    CheckpointPath,
+    DeviceName,
+    OutDir,
+    choose_backend,
+    choose_device,
+    with_fields,
+)
+from fastdiff.errors import InputError, check, choose
+from fastdiff.sampler import Sampler, State
+from fastdiff.schedule import SPACINGS
+from fastdiff.solvers import SOLVERS
+from fastdiff.training.data import points
+from fastdiff.training.run import Run, load_run
+from fastdiff.training.trainer import PRECISIONS, option
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What determines a set of samples, given a checkpoint. Each field's meaning is its help text."""
+
+    count: int = option(100, "how many samples")
+    labels: str = option("", "class labels, for instance 3 or 0,1,2, repeated in turn; default: all classes in turn")
+    solver: str = option("ddim", f"{', '.join(SOLVERS)}")
+    steps: int = option(50, "sampling steps")
+    spacing: str = option("trailing", f"of the timesteps: {', '.join(SPACINGS)}")
+    guidance_scale: float = option(1.0, "classifier-free guidance: 1 is the conditional model alone")
+    seed: int = option(0, "sample k of a seed is the same in any batch")
+    batch: int = option(250, "samples that go through the network at once")
+    precision: str = option("fp32", "of the network: fp32, bf16")
+
+    def __post_init__(self) -> None:
+        check(self.count >= 1, f"count must be at least 1, got {self.count}")
+        check(self.batch >= 1, f"batch must be at least 1, got {self.batch}")
+        choose("precision", self.precision, PRECISIONS)
+
+    def label_tensor(self, classes: int) -> Tensor | None:
+        """The label of each sample, int64 ``[count]``, or None for a model without classes."""
+        if not classes:
+            check(not self.labels, "--labels: this model is not class-conditional")
+            return None
+        try:
+            chosen = [int(part) for part in self.labels.split(",")] if self.labels else list(range(classes))
+        except ValueError:
+            raise InputError(f"--labels must be whole numbers with commas, got {self.labels!r}") from None
+        check(
+            all(0 <= label < classes for label in chosen), f"--labels must lie in 0...{classes - 1}, got {self.labels}"
+        )
+        return torch.tensor(chosen).repeat(-(-self.count // len(chosen)))[: self.count]
+
+
+@with_fields(SampleConfig)
+def sample(
+    config: SampleConfig,
+    checkpoint: CheckpointPath = Path("runs/demo"),
+    out: OutDir = None,
+    device: DeviceName = "auto",
+    backend: BackendName = "auto",
+) -> None:
+    """Sample from a trained run: samples.npz and a picture, by default into the run's samples/."""
+    run = load_run(checkpoint, device=choose_device(device))
+    place = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "samples"
+    began = time.perf_counter()
+    with choose_backend(backend):
+        drawn = draw(run, config)
+    seconds = time.perf_counter() - began
+    write_samples(place, drawn.samples, drawn.labels)
+    if drawn.samples.ndim == 2:
+        _draw_points(place / "samples.png", run, drawn)
+    else:
+        figures.image_grid(place / "samples.png", drawn.samples[:100])
+    settings = {**asdict(config), "checkpoint": str(checkpoint), "training_step": run.step, "backend": backend}
+    _io.replace_json(
+        place / "samples.json", {"seconds": seconds, "samples_per_second": config.count / seconds, "settings": settings}
+    )
+    print(f"{config.count} samples in {seconds:.1f} s: {place}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples in data units, uint8 images ``[N, C, H, W]`` or float points ``[N, D]``; their labels; and the
+    states of the first batch on the way, in data units."""
+
+    samples: Tensor
+    labels: Tensor | None
+    trajectory: list[Tensor]
+
+
+def draw(run: Run, config: SampleConfig, *, frames: int = 6) -> Drawn:
+    """Draw ``config.count`` samples from a run, in batches, and keep about ``frames`` states of the first."""
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    sampler = Sampler(
+        *(run.model.to(dtype), run.diffusion, config.solver, config.steps, config.spacing, config.guidance_scale),
+        clip=None if run.data.is_points else 1.0,
+    )
+    labels = config.label_tensor(len(run.data.classes))
+    last = len(sampler.table) - 1
+    moments = {round(i * last / (frames - 1)) for i in range(frames)}
+    batches = -(-config.count // config.batch)
+    finished: list[Tensor] = []
+    trajectory: list[Tensor] = []
+    for state in progress(_states(sampler, run, config, labels), batches * (last + 1), "sampling"):
+        if state.step in moments and len(trajectory) < len(moments):
+            trajectory.append(run.data.to_raw(state.x.cpu()))
+        if state.step == last:
+            finished.append(run.data.to_raw(state.x.cpu()))
+    return Drawn(torch.cat(finished), labels, trajectory)
+
+
+def _states(sampler: Sampler, run: Run, config: SampleConfig, labels: Tensor | None) -> Iterator[State]:
+    for ids in torch.arange(config.count).split(config.batch):
+        cond: dict[str, Any] = {} if labels is None else {"y": labels[ids].to(sampler.device)}
+        yield from sampler.iterate((len(ids), *run.data.shape), seed=config.seed, sample=ids, **cond)
+
+
+def _draw_points(path: Path, run: Run, drawn: Drawn) -> None:
+    fresh = run.data.scale(points(run.data.name, len(drawn.trajectory[0]), seed=1))
+    figures.point_trajectories(path, run.diffusion, fresh, run.data.to_raw, drawn.trajectory)
+
+
+def write_samples(place: Path, samples: Tensor, labels: Tensor | None) -> None:
+    """``samples.npz``: ``arr_0`` uint8 NHWC images or float32 points, ``arr_1`` int64 labels where there are any."""
+    array = samples.numpy() if samples.ndim == 2 else samples.permute(0, 2, 3, 1).contiguous().numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, array, *([] if labels is None else [labels.numpy()]))
+    _io.replace(place / "samples.npz", buffer.getvalue())

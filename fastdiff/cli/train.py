@@ -1,0 +1,44 @@
+"""``fastdiff train``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastdiff.cli import figures
+from fastdiff.cli.options import (
+    BackendName,
+    DataName,
+    DeviceName,
+    ImageSize,
+    OutDir,
+    choose_backend,
+    choose_device,
+    with_fields,
+)
+from fastdiff.training.data import load
+from fastdiff.training.trainer import TrainConfig, Trainer
+
+
+@with_fields(TrainConfig)
+def train(
+    config: TrainConfig,
+    data: DataName = "digits",
+    image_size: ImageSize = None,
+    out: OutDir = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    device: DeviceName = "auto",
+    backend: BackendName = "auto",
+) -> None:
+    """Train a model into a run directory, by default runs/DATA."""
+    run = out or Path("runs") / data.replace(":", "-").replace("/", "-")
+    place = choose_device(device)
+    with choose_backend(backend):
+        trainer = Trainer(config, load(data, image_size=image_size), run, device=place, resume=resume)
+        began = time.perf_counter()
+        trainer.train()
+    figures.loss_curve(run / "loss.png", trainer.losses())
+    print(f"trained to step {trainer.step} in {time.perf_counter() - began:.1f} s: {run}")

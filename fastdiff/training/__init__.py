@@ -1,0 +1,1 @@
+"""Training: data, trainer, average of weights, checkpoints."""

@@ -1,0 +1,190 @@
+"""Checkpoints: directories that exist only when they are whole.
+
+``run/checkpoints/step-00000500/`` holds safetensors and JSON files and ``manifest.json`` with the size and SHA-256
+of each. It is written beside, synced, renamed into place, and only then is an old one removed. A directory
+without a valid manifest does not exist for resuming. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fastdiff import _io
+from fastdiff.errors import InputError, check
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory: its files as bytes, each with the SHA-256 of the manifest."""
+
+    path: Path
+    step: int
+    files: dict[str, bytes]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of ``name.safetensors``."""
+        try:
+            return safetensors.torch.load(self._file(f"{name}.safetensors"))
+        except SafetensorError as error:
+            raise InputError(f"checkpoint {self.path}: {name}.safetensors cannot be read: {error}") from None
+
+    def json(self, name: str) -> Any:
+        """The value of ``name.json``."""
+        return json.loads(self._file(f"{name}.json"))
+
+    def _file(self, name: str) -> bytes:
+        check(name in self.files, f"checkpoint {self.path} has no {name}")
+        return self.files[name]
+
+
+def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], *, keep: int = 2) -> Path:
+    """Commit a checkpoint of ``run`` at ``step`` and then remove all but the ``keep`` newest.
+
+    Args:
+        tensors: file name (without ending) to named tensors, written as safetensors.
+        values: file name (without ending) to a value, written as JSON.
+
+    Returns:
+        The checkpoint's directory. One that is already there and whole is kept as it is.
+    """
+    root = run / FOLDER
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / f"step-{step:08d}"
+    if target.exists():
+        if _is_whole(target):
+            return target
+        _discard(target)
+    contents = {f"{name}.safetensors": safetensors.torch.save(_contiguous(named)) for name, named in tensors.items()}
+    contents |= {f"{name}.json": _io.to_json(value) for name, value in values.items()}
+    _commit(target, contents, {"format": FORMAT, "step": step, "files": {k: _digest(v) for k, v in contents.items()}})
+    _rotate(root, keep)
+    return target
+
+
+def load(path: Path | str) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Args:
+        path: a run directory (its newest whole checkpoint; damaged newer ones are named in a warning), a
+            checkpoint directory, or a file in one.
+
+    Raises:
+        InputError: nothing there, a damaged or newer checkpoint, or a pickle, which is never opened.
+    """
+    path = Path(path)
+    check(path.exists(), f"checkpoint {path} does not exist")
+    if path.is_file():
+        inside = (path.parent / MANIFEST).is_file()
+        check(inside, f"{path} is not part of a fastdiff checkpoint: give a run directory (pickles are never opened)")
+        path = path.parent
+    if (path / MANIFEST).is_file() or path.name.startswith("step-"):
+        return _read(path)
+    return _newest(path)
+
+
+def steps(run: Path) -> list[Path]:
+    """The checkpoint directories of a run by name, newest first; whether they are whole is for :func:`load` to say."""
+    return sorted((run / FOLDER).glob("step-*"), reverse=True)
+
+
+def _newest(run: Path) -> Checkpoint:
+    candidates = steps(run)
+    check(candidates, f"{run} holds no checkpoint: expected {run / FOLDER}/step-*")
+    damage = []
+    for candidate in candidates:
+        try:
+            checkpoint = _read(candidate)
+        except _NewerError:
+            raise
+        except InputError as error:
+            damage.append(str(error))
+            continue
+        if damage:
+            warnings.warn(f"using {candidate.name} instead: {'; '.join(damage)}", stacklevel=3)
+        return checkpoint
+    raise InputError(f"{run} holds no whole checkpoint: {'; '.join(damage)}")
+
+
+class _NewerError(InputError):
+    """Written by a newer version: falling back to an older checkpoint would be silent loss."""
+
+
+def _read(path: Path) -> Checkpoint:
+    """Verify every byte against the manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        version, step, entries = manifest["format"], manifest["step"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {path} has no readable {MANIFEST}: {error}") from None
+    if not isinstance(version, int) or version > FORMAT:
+        raise _NewerError(f"checkpoint {path} has format {version}; this fastdiff reads up to {FORMAT}: upgrade it")
+    return Checkpoint(path, step, {name: _verified(path, name, entry) for name, entry in entries.items()})
+
+
+def _verified(path: Path, name: str, entry: dict[str, Any]) -> bytes:
+    check(Path(name).name == name, f"checkpoint {path}: {name!r} is not a plain file name")
+    try:
+        content = (path / name).read_bytes()
+    except OSError as error:
+        raise InputError(f"checkpoint {path}: {name} cannot be read: {error.strerror}") from None
+    expected = entry.get("bytes") if isinstance(entry, dict) else None
+    check(len(content) == expected, f"checkpoint {path}: {name} has {len(content)} bytes instead of {expected}")
+    check(_digest(content) == entry, f"checkpoint {path}: {name} is damaged, its SHA-256 does not match")
+    return content
+
+
+def _commit(target: Path, contents: dict[str, bytes], manifest: dict[str, Any]) -> None:
+    unfinished = _io.beside(target)
+    unfinished.mkdir()
+    try:
+        for name, content in {**contents, MANIFEST: _io.to_json(manifest)}.items():
+            _io.write(unfinished / name, content)
+        _io.sync_directory(unfinished)
+        _io.rename(unfinished, target)
+    except OSError:
+        _io.remove_tree(unfinished)
+        raise
+
+
+def _rotate(root: Path, keep: int) -> None:
+    """Remove old checkpoints and what a killed process left unfinished."""
+    for old in sorted(root.glob("step-*"), reverse=True)[keep:]:
+        _discard(old)
+    for litter in root.glob(".unfinished-*"):
+        _io.remove_tree(litter)
+
+
+def _discard(path: Path) -> None:
+    """Take the name away first, so that no half-removed directory is ever found under it."""
+    unfinished = _io.beside(path)
+    _io.rename(path, unfinished)
+    _io.remove_tree(unfinished)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _read(path)
+    except InputError:
+        return False
+    return True
+
+
+def _contiguous(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in named.items()}
+
+
+def _digest(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

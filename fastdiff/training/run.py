@@ -1,0 +1,52 @@
+"""A trained run, ready to sample from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff.diffusion import Diffusion
+from fastdiff.errors import InputError
+from fastdiff.schedule import Schedule
+from fastdiff.training import checkpoint
+from fastdiff.training.data import Description
+from fastdiff.training.presets import build_model
+from fastdiff.training.trainer import load_weights
+
+
+@dataclass(frozen=True)
+class Run:
+    """The averaged model of a checkpoint, in evaluation mode, with its process and what its data looked like.
+
+    Attributes:
+        data: what the training data looked like, and the way back to its units.
+        config: the whole configuration of the run.
+    """
+
+    model: nn.Module
+    diffusion: Diffusion
+    data: Description
+    config: dict[str, Any]
+    step: int
+
+
+def load_run(path: Path | str, *, device: torch.device | str = "cpu") -> Run:
+    """Load the newest whole checkpoint of a run directory, or the checkpoint at ``path``.
+
+    Raises:
+        InputError: nothing there, damaged, from a newer version, or a configuration that does not build.
+    """
+    saved = checkpoint.load(path)
+    config = saved.json("config")
+    try:
+        process = config["diffusion"]
+        diffusion = Diffusion(Schedule.from_config(process["schedule"]), process["prediction"], process["variance"])
+        model, data = build_model(config["model"]), Description.from_json(config["data"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {saved.path}: config.json lacks {error}") from None
+    load_weights(model, saved, "ema")
+    return Run(model.eval().to(device), diffusion, data, config, saved.step)
