@@ -371,4 +371,6 @@ def _discrete_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     mirrored = lower + upper > 0
     upper, lower = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    return -(log_upper + torch.log(-torch.expm1((log_lower - log_upper).clamp(max=-1e-7))))
+    share_below = (log_lower - log_upper).clamp(max=-1e-7).exp()
+    nll: Tensor = -log_upper - torch.log1p(-share_below)
+    return nll

@@ -32,6 +32,8 @@ class Stream(IntEnum):
     TIMESTEP = 3  #: the timestep a training sample gets; step = training step
     DROPOUT = 4  #: whether a training sample loses its label; step = training step
     LIKELIHOOD = 5  #: forward noising in bits_per_dim; step = timestep
+    ORDER = 6  #: the order of the training data; step = epoch
+    NETWORK = 7  #: dropout inside the network; step = training step
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:

@@ -224,15 +224,14 @@ class Schedule:
     def _karras(self, steps: int) -> Tensor:
         """The timesteps whose noise-to-signal ratios are nearest to Karras levels, pushed apart where they meet."""
         log_ratio: Tensor = -0.5 * self.log_snr
-        finite = log_ratio[torch.isfinite(log_ratio)]
+        finite: Tensor = log_ratio[torch.isfinite(log_ratio)]
         levels = karras_levels(steps, float(finite[0].exp()), float(finite[-1].exp()), 7.0).log()
         nearest = (log_ratio - levels[:, None]).abs().argmin(1)
         nearest[0] = len(self) - 1
         count = torch.arange(steps)
         # Strictly descending: first push later ones down, then lift what fell below the cleanest end.
-        down = (nearest + count).cummin(0).values - count
-        chosen: Tensor = torch.maximum(down, steps - 1 - count)
-        return chosen
+        down: Tensor = torch.cummin(nearest + count, 0)[0] - count
+        return torch.maximum(down, steps - 1 - count)
 
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "from_betas", "edm", "flow")
@@ -242,7 +241,8 @@ def karras_levels(n: int, sigma_min: float, sigma_max: float, rho: float) -> Ten
     """n noise levels from sigma_max down to sigma_min, equidistant in sigma^(1/rho) (Karras et al. 2022, eq. 5)."""
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho
+    levels: Tensor = (high + ramp * (low - high)) ** rho
+    return levels
 
 
 def _length(timesteps: int) -> int:

@@ -23,8 +23,8 @@ from fastdiff.training.data import Data, load
 from fastdiff.training.run import load_run
 from fastdiff.training.trainer import TrainConfig, Trainer
 
-TRAINING = TrainConfig(train_steps=1500)
-SAMPLING = SampleConfig(count=1000, steps=50, guidance_scale=1.5)
+TRAINING = TrainConfig(train_steps=500, save_every=500)
+SAMPLING = SampleConfig(count=1000, steps=50, guidance_scale=1.25)
 
 
 def demo(

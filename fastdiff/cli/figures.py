@@ -96,7 +96,7 @@ def animation(path: Path, frames: list[Tensor], columns: int = 10, milliseconds:
 
 
 def point_trajectories(path: Path, diffusion: Diffusion, data: Tensor, to_raw: Any, reverse: list[Tensor]) -> None:
-    """Above, data ``[N, 2]`` (network scale) is noised; below, noise turns into samples (data units); noise is right."""
+    """Above, data ``[N, 2]`` (network scale) is noised; below, noise turns to samples (data units); noise is right."""
     last = len(diffusion.schedule) - 1
     moments = [round(last * i / (len(reverse) - 1)) for i in range(1, len(reverse))]
     forward = [

@@ -49,26 +49,27 @@ def choose_backend(name: str) -> AbstractContextManager[None]:
 
 
 def with_fields(config_type: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make each field of a dataclass an option of a command, which gets the instance as ``config``."""
+    """Make each field of a dataclass an option of a command, which gets those that were given as ``given``."""
     hints = get_type_hints(config_type)
 
     def parameter(field: Any) -> inspect.Parameter:
-        option = typer.Option(help=field.metadata["help"])
-        annotation = Annotated[hints[field.name], option]  # type: ignore[valid-type]
-        return inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
+        option = typer.Option(
+            help=f"{field.metadata['help']} [default: {field.default if field.default != '' else 'none'}]",
+            show_default=False,
         )
+        annotation = Annotated[hints[field.name] | None, option]  # type: ignore[valid-type]
+        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
     def wrap(command: Callable[..., Any]) -> Callable[..., Any]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [
             parameter(f) for f in fields(config_type)
         ]
 
         @functools.wraps(command)
         def run(**values: Any) -> Any:
-            config = config_type(**{field.name: values.pop(field.name) for field in fields(config_type)})
-            return command(config=config, **values)
+            options = {field.name: values.pop(field.name) for field in fields(config_type)}
+            return command(given={name: value for name, value in options.items() if value is not None}, **values)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}

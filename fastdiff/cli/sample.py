@@ -70,13 +70,14 @@ class SampleConfig:
 
 @with_fields(SampleConfig)
 def sample(
-    config: SampleConfig,
+    given: dict[str, Any],
     checkpoint: CheckpointPath = Path("runs/demo"),
     out: OutDir = None,
     device: DeviceName = "auto",
     backend: BackendName = "auto",
 ) -> None:
     """Sample from a trained run: samples.npz and a picture, by default into the run's samples/."""
+    config = SampleConfig(**given)
     run = load_run(checkpoint, device=choose_device(device))
     place = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "samples"
     began = time.perf_counter()

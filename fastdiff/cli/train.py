@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,7 @@ from fastdiff.training.trainer import TrainConfig, Trainer
 
 @with_fields(TrainConfig)
 def train(
-    config: TrainConfig,
+    given: dict[str, Any],
     data: DataName = "digits",
     image_size: ImageSize = None,
     out: OutDir = None,
@@ -37,7 +37,8 @@ def train(
     run = out or Path("runs") / data.replace(":", "-").replace("/", "-")
     place = choose_device(device)
     with choose_backend(backend):
-        trainer = Trainer(config, load(data, image_size=image_size), run, device=place, resume=resume)
+        samples = load(data, image_size=image_size)
+        trainer = Trainer(TrainConfig.by_model(samples, **given), samples, run, device=place, resume=resume)
         began = time.perf_counter()
         trainer.train()
     figures.loss_curve(run / "loss.png", trainer.losses())

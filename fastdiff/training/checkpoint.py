@@ -155,7 +155,8 @@ def _commit(target: Path, contents: dict[str, bytes], manifest: dict[str, Any]) 
         _io.sync_directory(unfinished)
         _io.rename(unfinished, target)
     except OSError:
-        _io.remove_tree(unfinished)
+        if unfinished.exists():
+            _io.remove_tree(unfinished)
         raise
 
 

@@ -10,13 +10,34 @@ from torch import nn
 
 from fastdiff.errors import InputError, check, choose
 from fastdiff.models import MLP, UNet
-from fastdiff.training.data import Data
+from fastdiff.training.data import Description
 
 TYPES: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
 PRESETS = ("auto", "mlp", "unet-small", "unet", "adm")
+#: training settings that suit a model, where they differ from TrainConfig's defaults; those of the papers for the large
+RECIPES: dict[str, dict[str, Any]] = {
+    "mlp": {"train_steps": 3000, "batch": 512},
+    "unet": {
+        "train_steps": 800_000,
+        "learning_rate": 2e-4,
+        "warmup": 5000,
+        "decay": "constant",
+        "ema_decay": 0.9999,
+        "save_every": 10_000,
+    },
+    "adm": {
+        "train_steps": 500_000,
+        "batch": 256,
+        "learning_rate": 1e-4,
+        "warmup": 0,
+        "decay": "constant",
+        "ema_decay": 0.9999,
+        "save_every": 10_000,
+    },
+}
 
 
-def model_config(name: str, data: Data, *, learned_variance: bool = False) -> dict[str, Any]:
+def model_config(name: str, data: Description, *, learned_variance: bool = False) -> dict[str, Any]:
     """The configuration of a model for ``data``: ``{"type": "unet" | "mlp", ...constructor arguments}``.
 
     Args:
@@ -30,23 +51,23 @@ def model_config(name: str, data: Data, *, learned_variance: bool = False) -> di
     """
     if name.endswith(".json"):
         return _from_file(Path(name))
-    choose("model", name, PRESETS)
-    if name == "auto":
-        name = "mlp" if data.is_points else "unet-small"
-    check(
-        (name == "mlp") == data.is_points,
-        f"model {name} does not fit {data.name}, whose samples are {list(data.shape)}",
-    )
+    name = preset(name, data)
+    fits = (name == "mlp") == data.is_points
+    check(fits, f"model {name} does not fit {data.name}, whose samples are {list(data.shape)}")
     common = {"num_classes": len(data.classes) or None, "learned_variance": learned_variance}
     if name == "mlp":
         return {"type": "mlp", "dim": data.shape[0], **common}
-    return {
-        "type": "unet",
-        "image_size": data.shape[1],
-        "in_channels": data.shape[0],
-        **common,
-        **_unet(name, data.shape[1]),
-    }
+    channels, size = data.shape[:2]
+    return {"type": "unet", "image_size": size, "in_channels": channels, **common, **_unet(name, size)}
+
+
+def preset(name: str, data: Description) -> str:
+    """The preset that ``name`` stands for, which is its own unless it is ``auto``."""
+    if name == "auto":
+        return "mlp" if data.is_points else "unet-small"
+    if not name.endswith(".json"):
+        choose("model", name, PRESETS)
+    return name
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
@@ -73,8 +94,10 @@ def _unet(name: str, size: int) -> dict[str, Any]:
         return {
             "model_channels": 32,
             "channel_mult": [1, 2, 2, 2][:levels],
+            "num_res_blocks": 1,
             "attention_resolutions": sizes[-1:],
             "norm_groups": 8,
+            "scale_shift": True,
         }
     if name == "unet":
         attention = [size >> level for level in range(levels) if size >> level == 16] or [size >> levels - 1]

@@ -20,9 +20,9 @@ from fastdiff.ops.row import PREDICTIONS
 from fastdiff.ops.step import VARIANCES
 from fastdiff.schedule import SCHEDULES, Schedule
 from fastdiff.training import checkpoint
-from fastdiff.training.data import Data
+from fastdiff.training.data import Data, Description
 from fastdiff.training.ema import EMA
-from fastdiff.training.presets import PRESETS, build_model, model_config
+from fastdiff.training.presets import PRESETS, RECIPES, build_model, model_config, preset
 
 FLUSH_EVERY = 100
 PRECISIONS = ("fp32", "bf16")
@@ -37,7 +37,10 @@ def option(default: Any, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What determines a run, down to the last bit on one machine. Each field's meaning is its help text."""
+    """What determines a run, down to the last bit on one machine. Each field's meaning is its help text.
+
+    The defaults are those of ``unet-small``; :meth:`by_model` takes what suits the model.
+    """
 
     model: str = option("auto", f"{', '.join(PRESETS)}, or a JSON file with a configuration")
     schedule: str = option("cosine", f"noise schedule: {', '.join(TRAINED_SCHEDULES)}")
@@ -48,7 +51,7 @@ class TrainConfig:
     loss: str = option("simple", f"{', '.join(LOSSES)}")
     train_steps: int = option(2000, "optimiser steps")
     batch: int = option(128, "samples in an optimiser step")
-    learning_rate: float = option(1e-3, "largest rate of AdamW")
+    learning_rate: float = option(2e-3, "largest rate of AdamW")
     warmup: int = option(100, "optimiser steps until that rate is reached")
     decay: str = option("cosine", f"of the rate after that, to the last step: {', '.join(DECAYS)}")
     weight_decay: float = option(0.0, "of AdamW")
@@ -74,6 +77,11 @@ class TrainConfig:
         check(0 <= self.label_dropout < 1, f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         trained = self.variance != "learned_range" or self.loss in ("hybrid", "vlb")
         check(trained, f"loss {self.loss} does not train a learned variance: use hybrid or vlb")
+
+    @classmethod
+    def by_model(cls, data: Description, **given: Any) -> TrainConfig:
+        """The configuration with ``given`` settings, and for the others what suits the model."""
+        return cls(**{**RECIPES.get(preset(given.get("model", "auto"), data), {}), **given})
 
     def diffusion(self) -> Diffusion:
         """The process this configuration trains for."""
@@ -157,7 +165,7 @@ class Trainer:
         cond: dict[str, Any] = {} if y is None else self._drop_labels({"y": y.to(self.device)}, step)
         decoder = "gaussian" if self.data.is_points else "discrete"
         with torch.random.fork_rng([]):
-            torch.manual_seed((config.seed << 32) + step & (1 << 63) - 1)  # for dropout inside the network
+            torch.manual_seed(_torch_seed(config.seed, step, noise.Stream.NETWORK))
             loss = self.diffusion.loss(
                 *(self._network, x.to(self.device)),
                 kind=config.loss,
@@ -237,6 +245,11 @@ def load_weights(model: nn.Module, saved: checkpoint.Checkpoint, name: str) -> N
         raise InputError(f"checkpoint {saved.path}: {' '.join(str(error).split())}") from None
 
 
+def _torch_seed(seed: int, step: int, stream: noise.Stream) -> int:
+    """A seed for torch's own generators, which on the CPU take 32 bits only."""
+    return int(noise.uniform_words(1, seed=seed, step=step, stream=stream))
+
+
 class _Order:
     """Which samples training step k sees: one shuffled pass over the data after another, from (seed, epoch)."""
 
@@ -257,7 +270,7 @@ class _Order:
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed << 32) + epoch & (1 << 63) - 1)
+            generator = torch.Generator().manual_seed(_torch_seed(self.seed, epoch, noise.Stream.ORDER))
             self._epoch, self._shuffled = epoch, torch.randperm(self.size, generator=generator)
         return self._shuffled
 

@@ -1,0 +1,249 @@
+"""A checkpoint exists only when it is whole: kills, full disks, damage, versions and foreign files."""
+
+import json
+import os
+import pickle
+import signal
+
+import pytest
+import torch
+
+from fastdiff import InputError
+from fastdiff.training import checkpoint
+
+
+def tensors(step: int) -> dict:
+    """Contents that tell their step, so that a mixture of two checkpoints shows."""
+    return {"model": {"w": torch.full((64, 64), float(step)), "n": torch.tensor(step)}}
+
+
+def save(run, step, **options):
+    return checkpoint.save(run, step, tensors(step), {"config": {"step": step}}, **options)
+
+
+def assert_whole(saved, step):
+    assert saved.step == step
+    assert saved.json("config") == {"step": step}
+    assert torch.equal(saved.tensors("model")["w"], tensors(step)["model"]["w"])
+
+
+def in_child(work) -> int:
+    """Run ``work`` in a forked child; returns its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def kill_at(call: int) -> None:
+    """Make the ``call``-th step of any write the last thing this process does."""
+    count = 0
+
+    def before(function):
+        def wrapped(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return wrapped
+
+    for name in ("open", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, before(getattr(os, name)))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+def test_what_was_saved_is_loaded(run):
+    path = save(run, 7)
+    for where in (run, path, path / "model.safetensors"):
+        assert_whole(checkpoint.load(where), 7)
+
+
+def test_the_newest_is_loaded_and_old_ones_go(run):
+    for step in (1, 2, 3, 10):
+        save(run, step, keep=2)
+    assert [p.name for p in checkpoint.steps(run)] == ["step-00000010", "step-00000003"]
+    assert_whole(checkpoint.load(run), 10)
+
+
+def test_saving_a_step_again_keeps_the_first(run):
+    path = save(run, 3)
+    before = {p.name: p.stat().st_mtime_ns for p in path.iterdir()}
+    save(run, 3)
+    assert {p.name: p.stat().st_mtime_ns for p in path.iterdir()} == before
+
+
+def test_kill_at_every_system_call_loses_nothing(run):
+    save(run, 1)
+    killed = 0
+    for call in range(1, 200):
+        status = in_child(lambda call=call: (kill_at(call), save(run, 2, keep=1)))
+        whole = checkpoint.load(run)
+        assert_whole(whole, whole.step)
+        if not os.WIFSIGNALED(status):
+            break
+        killed += 1
+        if whole.step == 2:  # committed before it died: start over from the old state
+            for path in checkpoint.steps(run):
+                checkpoint._discard(path)
+            save(run, 1)
+    assert status == 0
+    assert killed >= 12
+    assert_whole(checkpoint.load(run), 2)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002"], "litter is left"
+
+
+def _saves_forever(run):
+    step = checkpoint.load(run).step
+    while True:
+        step += 1
+        save(run, step)
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
+def test_kill_at_random_times_loses_nothing(run, count):
+    save(run, 0)
+    delays = torch.rand(count, generator=torch.Generator().manual_seed(0)) * 0.03
+    last = 0
+    for delay in delays.tolist():
+        child = os.fork()
+        if child == 0:
+            signal.setitimer(signal.ITIMER_REAL, 10)
+            _saves_forever(run)
+        signal.sigtimedwait([], delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        saved = checkpoint.load(run)
+        assert_whole(saved, saved.step)
+        assert saved.step >= last
+        last = saved.step
+    assert last > 0
+
+
+def test_a_failing_write_leaves_the_old_checkpoint_and_no_litter(run, monkeypatch):
+    save(run, 1)
+    original = os.fsync
+    for failing in range(1, 6):
+        calls = iter(range(1, 100))
+
+        def fsync(descriptor, failing=failing, calls=calls):
+            if next(calls) == failing:
+                raise OSError(28, "No space left on device")
+            original(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        try:
+            save(run, 2)
+        except OSError as error:
+            assert error.errno == 28
+        monkeypatch.setattr(os, "fsync", original)
+        assert checkpoint.load(run).step in (1, 2)
+        names = {p.name for p in (run / "checkpoints").iterdir()}
+        assert names <= {"step-00000001", "step-00000002"}
+
+
+def test_every_bit_flip_is_found(run):
+    path = save(run, 1)
+    places = torch.Generator().manual_seed(1)
+    for name in ("model.safetensors", "config.json", "manifest.json"):
+        whole = (path / name).read_bytes()
+        for _ in range(60):
+            at = int(torch.randint(len(whole), (), generator=places))
+            bit = int(torch.randint(8, (), generator=places))
+            (path / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            try:
+                saved = checkpoint.load(path)
+            except InputError:
+                continue
+            assert name == "manifest.json", "a damaged file was taken for whole"
+            assert_whole(saved, saved.step if saved.step == 1 else pytest.fail("the step was changed"))
+        (path / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -1])
+def test_truncation_is_found_and_an_older_checkpoint_is_used(run, length):
+    save(run, 1)
+    newest = save(run, 2)
+    content = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(content[:length])
+    with pytest.raises(InputError, match=r"model\.safetensors has \d+ bytes instead of \d+"):
+        checkpoint.load(newest)
+    with pytest.warns(UserWarning, match="step-00000001 instead"):
+        assert_whole(checkpoint.load(run), 1)
+
+
+def test_a_directory_without_manifest_does_not_exist(run):
+    save(run, 1)
+    newest = save(run, 2)
+    (newest / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match=r"manifest\.json"):
+        assert_whole(checkpoint.load(run), 1)
+
+
+def test_a_newer_format_is_refused_not_passed_over(run):
+    save(run, 1)
+    newest = save(run, 2)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    for where in (run, newest):
+        with pytest.raises(InputError, match="format 99.*upgrade"):
+            checkpoint.load(where)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", ""])
+def test_a_manifest_cannot_name_files_elsewhere(run, name):
+    path = save(run, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError):
+        checkpoint.load(path)
+
+
+class Payload:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (open, (str(self.canary), "w"))
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.pkl", "model.safetensors"])
+def test_a_pickle_is_never_opened(tmp_path, name):
+    canary, file = tmp_path / "canary", tmp_path / name
+    file.write_bytes(pickle.dumps(Payload(canary)))
+    with pytest.raises(InputError, match="not part of a fastdiff checkpoint"):
+        checkpoint.load(file)
+    assert not canary.exists()
+
+
+def test_a_pickle_inside_a_checkpoint_is_not_executed(run, tmp_path):
+    path, canary = save(run, 1), tmp_path / "canary"
+    content = pickle.dumps(Payload(canary))
+    (path / "model.safetensors").write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = checkpoint._digest(content)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="cannot be read"):
+        checkpoint.load(path).tensors("model")
+    assert not canary.exists()
+
+
+def test_nothing_in_the_package_unpickles():
+    package = os.path.dirname(checkpoint.__file__) + "/.."
+    banned = ("pickle.load", "torch.load(", "weights_only=False", "yaml.load", "eval(", "exec(", "extractall")
+    for folder, _, files in os.walk(package):
+        for file in files:
+            if file.endswith(".py"):
+                with open(os.path.join(folder, file), encoding="utf-8") as source:
+                    text = source.read().replace(".eval()", "").replace("safetensors.torch.load(", "")
+                assert not [word for word in banned if word in text], file
