@@ -115,6 +115,11 @@ def box_muller(words: Tensor) -> Tensor:
     return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(-2)
 
 
+def check_seed(seed: Seed) -> None:
+    """Raise :class:`~fastdiff.errors.InputError` for what is no seed, before any work is done."""
+    _whole_numbers("seed", seed)
+
+
 def sample_ids(count: int, seed: Seed, sample: Sequence[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The (seed, sample id) pairs of a batch of ``count``: two int64 tensors ``[count]``."""
     seeds = _whole_numbers("seed", seed)

@@ -8,7 +8,17 @@ import pytest
 
 import fastdiff as fd
 
-HEAVY = ("triton", "torchvision", "matplotlib", "sklearn", "diffusers", "scipy", "PIL", "fastdiff._C", "fastdiff.training")
+HEAVY = (
+    "triton",
+    "torchvision",
+    "matplotlib",
+    "sklearn",
+    "diffusers",
+    "scipy",
+    "PIL",
+    "fastdiff._C",
+    "fastdiff.training",
+)
 
 
 def test_import_loads_nothing_heavy():

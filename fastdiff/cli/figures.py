@@ -97,8 +97,7 @@ def animation(path: Path, frames: list[Tensor], columns: int = 10, milliseconds:
 
 def point_trajectories(path: Path, diffusion: Diffusion, data: Tensor, to_raw: Any, reverse: list[Tensor]) -> None:
     """Above, data ``[N, 2]`` (network scale) is noised; below, noise turns to samples (data units); noise is right."""
-    last = len(diffusion.schedule) - 1
-    moments = [round(last * i / (len(reverse) - 1)) for i in range(1, len(reverse))]
+    moments = torch.linspace(0, len(diffusion.schedule) - 1, len(reverse)).long().tolist()[1:]
     forward = [
         ("data", to_raw(data)),
         *((f"t = {t}", to_raw(_noised(diffusion, data, torch.tensor(t)))) for t in moments),
@@ -106,15 +105,16 @@ def point_trajectories(path: Path, diffusion: Diffusion, data: Tensor, to_raw: A
     figure, axes = _figure(2, len(reverse), size=(2.1 * len(reverse), 4.6))
     for axis, (name, points) in zip(axes[0], forward, strict=True):
         _scatter(axis, points, name, "#1f4e8c")
-    names = ["samples", *("" for _ in reverse[2:]), "start"]
+    names = ["samples"] + [""] * (len(reverse) - 1)
     for axis, name, points in zip(axes[1], names, reversed(reverse), strict=True):
         _scatter(axis, points, name, "#b3541e")
     axes[0, 0].set_ylabel("forward")
     axes[1, 0].set_ylabel("reverse")
     low, high = forward[0][1].amin(0), forward[0][1].amax(0)
-    margin = 0.25 * (high - low)
+    margin = (high - low).clamp(min=1) / 4
+    limits = torch.stack((low - margin, high + margin), 1).tolist()
     for axis in axes.flat:
-        axis.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+        axis.set(xlim=limits[0], ylim=limits[1])
     _save(figure, path)
 
 
@@ -131,7 +131,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
 
 
 def _scatter(axis: Axes, points: Tensor, title: str, color: str) -> None:
-    axis.scatter(points[:, 0], points[:, 1], s=1.0, color=color, alpha=0.4, linewidths=0)
+    axis.scatter(*points.T.numpy(), s=1.0, color=color, alpha=0.4, linewidths=0)
     axis.set(xticks=[], yticks=[], title=title)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import _io
+from fastdiff import _io, noise
 from fastdiff._progress import progress
 from fastdiff.cli import figures
 from fastdiff.cli.options import (
@@ -34,11 +34,15 @@ from fastdiff.training.run import Run, load_run
 from fastdiff.training.trainer import PRECISIONS, option
 
 
+#: defaults for points, which are small and come in clouds
+POINTS = {"count": 5000, "batch": 5000}
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """What determines a set of samples, given a checkpoint. Each field's meaning is its help text."""
 
-    count: int = option(100, "how many samples")
+    count: int = option(100, "how many samples; of points 5000")
     labels: str = option("", "class labels, for instance 3 or 0,1,2, repeated in turn; default: all classes in turn")
     solver: str = option("ddim", f"{', '.join(SOLVERS)}")
     steps: int = option(50, "sampling steps")
@@ -52,6 +56,7 @@ class SampleConfig:
         check(self.count >= 1, f"count must be at least 1, got {self.count}")
         check(self.batch >= 1, f"batch must be at least 1, got {self.batch}")
         choose("precision", self.precision, PRECISIONS)
+        noise.check_seed(self.seed)
 
     def label_tensor(self, classes: int) -> Tensor | None:
         """The label of each sample, int64 ``[count]``, or None for a model without classes."""
@@ -77,8 +82,8 @@ def sample(
     backend: BackendName = "auto",
 ) -> None:
     """Sample from a trained run: samples.npz and a picture, by default into the run's samples/."""
-    config = SampleConfig(**given)
     run = load_run(checkpoint, device=choose_device(device))
+    config = SampleConfig(**({**POINTS, **given} if run.data.is_points else given))
     place = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "samples"
     began = time.perf_counter()
     with choose_backend(backend):

@@ -75,6 +75,7 @@ class TrainConfig:
             value = getattr(self, name)
             check(value > 0 and math.isfinite(value), f"{name} must be positive, got {value}")
         check(0 <= self.label_dropout < 1, f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        noise.check_seed(self.seed)
         trained = self.variance != "learned_range" or self.loss in ("hybrid", "vlb")
         check(trained, f"loss {self.loss} does not train a learned variance: use hybrid or vlb")
 
