@@ -14,7 +14,7 @@ from fastdiff import noise as noises
 from fastdiff import ops
 from fastdiff.errors import InputError, check, choose
 from fastdiff.ops import row as rows
-from fastdiff.ops.checks import check_floating, check_same
+from fastdiff.ops.checks import check_clip, check_floating, check_same
 from fastdiff.ops.step import VARIANCES
 from fastdiff.schedule import Schedule
 
@@ -108,6 +108,12 @@ class Diffusion:
             x_t.dtype
         ) if times.is_floating_point() else times
 
+    def check_output(self, out: Tensor, x_t: Tensor) -> None:
+        """Raise unless a network output has the channels that this prediction and variance ask for."""
+        shape = (len(x_t), x_t.shape[1] * (2 if self.variance == "learned_range" else 1), *x_t.shape[2:])
+        fits = out.shape == shape
+        check(fits, f"the model's out must be {list(shape)} with variance={self.variance}, got {list(out.shape)}")
+
     # ---- losses -----------------------------------------------------------------------------
 
     def loss(
@@ -142,12 +148,13 @@ class Diffusion:
         choose("loss", kind, LOSSES)
         check_floating("x0", x0)
         check(bool(torch.isfinite(x0).all()), "x0 holds NaN or infinite values")
-        n = len(x0)
         if t is None:
-            t = self.draw_timesteps(n, seed=seed, step=step, sample=sample)
+            t = self.draw_timesteps(len(x0), seed=seed, step=step, sample=sample)
         alpha, sigma = self._levels(t, x0)
+        if kind in ("vlb", "hybrid"):
+            _check_decoder(decoder, x0[t.to(x0.device) == 0])
         x_t = ops.add_noise(x0, alpha, sigma, seed=seed, step=step, sample=sample)
-        out = self._evaluate(model, x_t, t, x0.shape[1], cond)
+        out = self._evaluate(model, x_t, t, cond)
         prediction, _ = self._split(out, x0.shape[1])
         loss = torch.zeros((), device=x0.device)
         if kind != "vlb":
@@ -212,8 +219,8 @@ class Diffusion:
         """
         check_floating("x0", x0)
         check(bool(torch.isfinite(x0).all()), "x0 holds NaN or infinite values")
-        choose("decoder", decoder, ("discrete", "gaussian"))
-        check(decoder == "gaussian" or bool(x0.abs().max() <= 1), "the discrete decoder needs x0 in [-1, 1]")
+        _check_decoder(decoder, x0)
+        check_clip(clip)
         check(batch >= 1, f"batch must be at least 1, got {batch}")
         n, total = len(x0), len(self.schedule)
         _, ids = noises.sample_ids(n, seed, sample)
@@ -227,7 +234,7 @@ class Diffusion:
                 data.shape, seed=seed, step=t, sample=ids[who], stream=stream, device=x0.device, dtype=x0.dtype
             )
             x_t = self.add_noise(data, noise, t)
-            out = self._evaluate(model, x_t, t, x0.shape[1], some)
+            out = self._evaluate(model, x_t, t, some)
             terms[pairs] = self._vlb_terms(out, data, x_t, t, decoder, clip).double().cpu()
         terms = terms.reshape(n, total).to(x0.device)
         prior = self._prior_bits(x0).double()
@@ -302,15 +309,10 @@ class Diffusion:
                 f"t must lie in 0...{len(self.schedule) - 1}, got {low} to {high}",
             )
 
-    def _evaluate(self, model: Model, x_t: Tensor, t: Tensor, channels: int, cond: dict[str, Any]) -> Tensor:
+    def _evaluate(self, model: Model, x_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         x_in, times = self.model_input(x_t, t)
         out = network_output(model(x_in, times, **cond))
-        expected = channels * (2 if self.variance == "learned_range" else 1)
-        shape = (x_t.shape[0], expected, *x_t.shape[2:])
-        check(
-            out.shape == shape,
-            f"with variance={self.variance} the model must return {list(shape)}, got {list(out.shape)}",
-        )
+        self.check_output(out, x_t)
         return out
 
     def _split(self, out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
@@ -328,6 +330,11 @@ def network_output(result: Any) -> Tensor:
     if isinstance(sample, Tensor):
         return sample
     raise InputError(f"the model must return a tensor or an object with .sample, got {type(result).__name__}")
+
+
+def _check_decoder(decoder: str, x0: Tensor) -> None:
+    choose("decoder", decoder, ("discrete", "gaussian"))
+    check(decoder == "gaussian" or not (x0.abs() > 1).any(), "the discrete decoder needs x0 in [-1, 1]")
 
 
 def _finite_x0(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,9 @@ from fastdiff.errors import InputError, check
 
 
 class ClassifierFree:
-    """Evaluates a model with its condition and, where asked, without it, in one batch (Ho & Salimans 2022).
+    """Evaluates a model with its condition and, where asked, without it (Ho & Salimans 2022).
+
+    Both go through the network in one batch if all conditions are tensors with one row per sample.
 
     Args:
         model: ``model(x, t, **cond)``.
@@ -45,7 +47,9 @@ class ClassifierFree:
         """The conditional output and, if ``guided``, the unconditional one."""
         if not guided:
             return network_output(self.model(x, t, **self.cond)), None
-        both = {name: _join(value, self.uncond[name], len(x)) for name, value in self.cond.items()}
+        if not all(isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] for value in self.cond.values()):
+            return network_output(self.model(x, t, **self.cond)), network_output(self.model(x, t, **self.uncond))
+        both = {name: torch.cat((value, self.uncond[name])) for name, value in self.cond.items()}
         out = network_output(self.model(torch.cat((x, x)), torch.cat((t, t)), **both))
         cond, uncond = out.chunk(2)
         return cond, uncond
@@ -60,9 +64,3 @@ def _like(value: Any, cond: Any) -> Any:
         return null.expand_as(cond)
     except RuntimeError:
         raise InputError(f"uncond must broadcast to its condition {list(cond.shape)}, got {list(null.shape)}") from None
-
-
-def _join(cond: Any, uncond: Any, n: int) -> Any:
-    if isinstance(cond, Tensor) and cond.ndim and len(cond) == n:
-        return torch.cat((cond, uncond))
-    return cond

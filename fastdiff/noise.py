@@ -86,6 +86,7 @@ def normal(
         len(shape) > 0 and all(n >= 0 for n in shape),
         f"shape must be [N, ...] without negative sizes, got {list(shape)}",
     )
+    check(dtype.is_floating_point, f"dtype must be a floating-point type, got {dtype}")
     quads = -(-math.prod(shape[1:]) // 4)
     words = _words(shape[0], quads, seed, step, sample, stream, device)
     z = box_muller(words).reshape(shape[0], 4 * quads)[:, : math.prod(shape[1:])]
@@ -110,8 +111,8 @@ def box_muller(words: Tensor) -> Tensor:
 
     The radius takes the upper 24 bits of words 0 and 2, as (w + 1/2) 2^-24; the angle all of words 1 and 3.
     """
-    radius = (-2 * (((words[..., 0::2] >> 8) + 0.5) * 2.0**-24).log()).sqrt()
-    angle = words[..., 1::2] * (2 * math.pi * 2.0**-32)
+    radius = (-2 * (((words[..., 0::2] >> 8).double() + 0.5) * 2.0**-24).log()).sqrt()
+    angle = words[..., 1::2].double() * (2 * math.pi * 2.0**-32)
     return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(-2)
 
 

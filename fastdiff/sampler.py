@@ -15,6 +15,7 @@ from fastdiff._progress import progress as show
 from fastdiff.diffusion import Diffusion, Model
 from fastdiff.errors import InputError, check
 from fastdiff.guidance import ClassifierFree
+from fastdiff.ops.checks import check_floating
 from fastdiff.ops.row import LETTERS
 from fastdiff.solvers import build_table
 
@@ -124,6 +125,7 @@ class Sampler:
         """Yield the :class:`State` after each row; arguments as in a call, checked before the first network call."""
         shape = self._check_shape(shape)
         self._check_conditions(shape[0], cond)
+        noises.sample_ids(shape[0], seed, sample)
         guidance = ClassifierFree(self.model, cond, uncond)
         if (self.table.rows.w != 1).any():
             guidance.uncond  # noqa: B018 - raises now rather than at some row
@@ -140,6 +142,7 @@ class Sampler:
         for i in range(len(rows)):
             x_in = x if rows.c_in[i] == 1 else x * self._table[i, LETTERS.index("c_in")]
             out, uncond = guidance.outputs(x_in.to(self._input_dtype), self._times[i].expand(len(x)), rows.w[i] != 1)
+            self.diffusion.check_output(out, x)
             noise_seed = seed if rows.s[i] != 0 else None
             x, x0, history, anchor = ops.affine_step(
                 *(x, out, self._table, i), uncond=uncond, history=history, anchor=anchor, seed=noise_seed, sample=sample
@@ -151,8 +154,8 @@ class Sampler:
     ) -> Tensor:
         """x at the first timestep: unit variance for variance-preserving schedules, sigma otherwise."""
         if x is not None:
+            check_floating("x", x)
             check(x.shape == shape, f"x must have shape {list(shape)}, got {list(x.shape)}")
-            check(x.is_floating_point(), f"x must be a floating-point tensor, got {x.dtype}")
             return x.to(self.device, self.dtype)
         stream = noises.Stream.INITIAL
         noise = noises.normal(shape, seed=seed, sample=sample, stream=stream, device=self.device, dtype=self.dtype)
@@ -160,9 +163,10 @@ class Sampler:
         return noise if schedule.variance_preserving else noise * float(schedule.sigma[self.timesteps[0]])
 
     def _check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        valid = len(tuple(shape)) >= 2 and all(isinstance(n, int) and n >= 1 for n in shape)
-        check(valid, f"shape must be [N, C, ...] of sizes of at least 1, got {tuple(shape)}")
-        return tuple(shape)
+        sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+        valid = len(sizes) >= 2 and all(isinstance(n, int) and n >= 1 for n in sizes)
+        check(valid, f"shape must be [N, C, ...] of sizes of at least 1, got {shape}")
+        return sizes
 
     def _check_conditions(self, n: int, cond: dict[str, Any]) -> None:
         for name, value in cond.items():

@@ -163,8 +163,9 @@ class Schedule:
         """
         check(shift > 0, f"shift must be positive, got {shift}")
         s = torch.arange(1, _length(n) + 1, dtype=torch.float64) / n
-        s = shift * s / (1 + (shift - 1) * s)
-        return cls(1 - s, s, torch.ones_like(s), 1000 * s, {"name": "flow", "n": n, "shift": shift})
+        alpha, sigma = (1 - s) / (1 + (shift - 1) * s), shift * s / (1 + (shift - 1) * s)
+        sigma[-1] = 1  # exactly
+        return cls(alpha, sigma, torch.ones_like(s), 1000 * sigma, {"name": "flow", "n": n, "shift": shift})
 
     def rescale_zero_terminal_snr(self) -> Schedule:
         """Shift and scale alpha so that the last timestep holds no signal (Lin et al. 2024, algorithm 1)."""
@@ -212,13 +213,15 @@ class Schedule:
     def _spaced(self, steps: int, spacing: str) -> Tensor:
         total = len(self)
         check(1 <= steps <= total, f"steps must lie in 1...{total}, got {steps}")
-        count = torch.arange(steps, dtype=torch.int64)
+        if steps == 1 and spacing != "leading":
+            return torch.tensor([total - 1])
+        count = torch.arange(steps)
         if spacing == "leading":
             return (count * total // steps).flip(0)
         if spacing == "trailing":
             return _divide(total * (steps - count), steps) - 1
         if spacing == "linspace":
-            return _divide((total - 1) * (steps - 1 - count), steps - 1) if steps > 1 else torch.tensor([total - 1])
+            return _divide((total - 1) * (steps - 1 - count), steps - 1)
         return self._karras(steps)
 
     def _karras(self, steps: int) -> Tensor:
@@ -280,6 +283,7 @@ def _free_list(steps: object, total: int) -> Tensor:
         raise InputError(f"steps must be a whole number or a list of timesteps: {error}") from None
     valid = table.ndim == 1 and len(table) > 0 and not table.is_floating_point() and table.dtype != torch.bool
     check(valid, f"timesteps must be a non-empty list of whole numbers, got {steps!r}")
+    table = table.to("cpu", torch.int64)
     check(bool((table.diff() < 0).all()), f"timesteps must be strictly descending, got {table.tolist()}")
     check(table[-1] >= 0 and table[0] < total, f"timesteps must lie in 0...{total - 1}, got {table.tolist()}")
-    return table.to("cpu", torch.int64)
+    return table

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastdiff.diffusion import Diffusion
 from fastdiff.errors import InputError, check, choose
 from fastdiff.ops import row as rows
+from fastdiff.ops.checks import check_clip
 from fastdiff.ops.step import posterior_letters
 from fastdiff.schedule import Schedule
 
@@ -54,7 +55,8 @@ class StepTable:
 
     Attributes:
         rows: numpy record array, float64, one record per network evaluation: ``rows.a``, ``rows[0].b`` ... by
-            the letters of :mod:`fastdiff.ops.row`, and ``rows.t``, the time the network is told.
+            the letters of :mod:`fastdiff.ops.row` (``clip``, which is also a method, as ``rows["clip"]``), and
+            ``rows.t``, the time the network is told.
         timesteps: int64 ``[R]``, the schedule's timestep of each row.
         history, anchored: how many of h1 h2 h3 the rows use, and whether they use the anchor.
     """
@@ -108,12 +110,9 @@ def build_table(
         diffusion.prediction != "epsilon" or bool((alpha > 0).all()),
         "an epsilon prediction cannot start from zero terminal SNR: train with v_prediction or sample",
     )
-    check(clip is None or clip > 0, f"clip must be positive or None, got {clip}")
     p, q = rows.to_x0(diffusion.prediction, alpha, sigma)
     w = _scales(guidance_scale, len(timesteps))[at]
-    table = rows.make_table(
-        len(at), p=p, q=q, w=w, c_in=schedule.c_in[timesteps][at], clip=torch.inf if clip is None else clip, **letters
-    )
+    table = rows.make_table(len(at), p=p, q=q, w=w, c_in=schedule.c_in[timesteps][at], clip=check_clip(clip), **letters)
     return _step_table(table, schedule.c_noise[timesteps][at], timesteps[at])
 
 

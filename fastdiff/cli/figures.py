@@ -131,7 +131,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
 
 
 def _scatter(axis: Axes, points: Tensor, title: str, color: str) -> None:
-    axis.scatter(*points.T.numpy(), s=1.0, color=color, alpha=0.4, linewidths=0)
+    axis.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=1.0, color=color, alpha=0.4, linewidths=0)
     axis.set(xticks=[], yticks=[], title=title)
 
 

@@ -33,7 +33,6 @@ from fastdiff.training.data import points
 from fastdiff.training.run import Run, load_run
 from fastdiff.training.trainer import PRECISIONS, option
 
-
 #: defaults for points, which are small and come in clouds
 POINTS = {"count": 5000, "batch": 5000}
 

@@ -117,7 +117,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int, groups: int, eps: float) -> None:
         super().__init__()
-        check(channels % heads == 0, f"{channels} channels cannot be split into {heads} attention heads")
+        fits = heads >= 1 and channels % heads == 0
+        check(fits, f"{channels} channels cannot be split into {heads} attention heads (num_heads)")
         self.heads = heads
         self.norm = GroupNormSiLU(channels, groups, eps, activation="none")
         self.qkv = nn.Linear(channels, 3 * channels)

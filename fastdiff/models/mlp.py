@@ -45,6 +45,7 @@ class MLP(nn.Module):
             dim >= 1 and width >= 2 and depth >= 1,
             f"dim, width and depth must be positive, got {dim}, {width}, {depth}",
         )
+        check((num_classes or 0) >= 0, f"num_classes must not be negative, got {num_classes}")
         self.dim = dim
         self.time = TimeEmbedding(width, width)
         self.label = LabelEmbedding(num_classes, width) if num_classes is not None else None
@@ -57,6 +58,7 @@ class MLP(nn.Module):
         check(x.ndim == 2 and x.shape[1] == self.dim, f"x must be [N, {self.dim}], got {list(x.shape)}")
         check(t.shape == x.shape[:1], f"t must hold one time per sample ({len(x)}), got {list(t.shape)}")
         check(y is None or self.label is not None, "this model takes no labels (num_classes=None)")
+        check(y is None or len(y) == len(x), f"y must hold one label per sample ({len(x)})")
         emb = self.time(t)
         if self.label is not None:
             emb = emb + self.label(y)

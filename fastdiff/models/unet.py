@@ -73,60 +73,19 @@ class UNet(nn.Module):
         learned_variance: bool = False,
         condition_channels: int = 0,
     ) -> None:
-        self_config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config: dict[str, Any] = {k: list(v) if isinstance(v, Sequence) else v for k, v in self_config.items()}
-        _check_config(image_size, channel_mult, attention_resolutions)
+        self.config: dict[str, Any] = {k: list(v) if isinstance(v, Sequence) else v for k, v in config.items()}
+        parts = _Parts(**self.config)
         self.in_channels, self.condition_channels = in_channels, condition_channels
         self.factor = 2 ** (len(channel_mult) - 1)
-        emb = 4 * model_channels
-        common: dict[str, Any] = {
-            "groups": norm_groups,
-            "eps": norm_eps,
-            "dropout": dropout,
-            "scale_shift": scale_shift,
-        }
-
-        def res(inside: int, outside: int, direction: int = 0) -> ResBlock:
-            return ResBlock(inside, outside, emb, **common, resample=direction)
-
-        def attention(channels: int) -> Attention:
-            heads = channels // num_head_channels if num_head_channels else num_heads
-            return Attention(channels, heads, norm_groups, norm_eps)
-
-        def change(channels: int, direction: int) -> nn.Module:
-            if resblock_updown:
-                return res(channels, channels, direction)
-            return Upsample(channels) if direction > 0 else Downsample(channels)
-
-        def block(inside: int, outside: int, size: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                [res(inside, outside), *([attention(outside)] if size in attention_resolutions else [])]
-            )
-
-        self.time = TimeEmbedding(model_channels, emb)
-        self.label = LabelEmbedding(num_classes, emb) if num_classes is not None else None
+        self.time = TimeEmbedding(model_channels, parts.emb)
+        self.label = LabelEmbedding(num_classes, parts.emb) if num_classes is not None else None
         self.conv_in = nn.Conv2d(in_channels + condition_channels, model_channels, 3, padding=1)
-        skips, width = [model_channels], model_channels
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        last = len(channel_mult) - 1
-        for level, multiple in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                self.down.append(block(width, multiple * model_channels, image_size >> level))
-                width = multiple * model_channels
-                skips.append(width)
-            if level < last:
-                self.down.append(nn.ModuleList([change(width, -1)]))
-                skips.append(width)
-        self.middle = nn.ModuleList([res(width, width), attention(width), res(width, width)])
-        for level in range(last, -1, -1):
-            for i in range(num_res_blocks + 1):
-                outside = channel_mult[level] * model_channels
-                up = block(width + skips.pop(), outside, image_size >> level)
-                width = outside
-                if level and i == num_res_blocks:
-                    up.append(change(width, 1))
-                self.up.append(up)
+        self.down, widths = parts.down()
+        self.middle = parts.middle(widths[-1])
+        self.up = parts.up(widths)
+        width = channel_mult[0] * model_channels
         self.norm_out = GroupNormSiLU(width, norm_groups, norm_eps)
         out = (out_channels or in_channels) * (2 if learned_variance else 1)
         self.conv_out = zero_init(nn.Conv2d(width, out, 3, padding=1))
@@ -186,13 +145,79 @@ def _run(block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
     return h
 
 
-def _check_config(image_size: int, channel_mult: Sequence[int], attention_resolutions: Sequence[int]) -> None:
-    check(len(channel_mult) > 0, "channel_mult must name at least one level")
-    factor = 2 ** (len(channel_mult) - 1)
-    check(
-        image_size % factor == 0,
-        f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times (channel_mult)",
-    )
-    sizes = [image_size >> level for level in range(len(channel_mult))]
-    unknown = sorted(set(attention_resolutions) - set(sizes))
+class _Parts:
+    """Builds the parts of one configuration."""
+
+    def __init__(self, **config: Any) -> None:
+        _check_config(config)
+        self.mult, self.blocks = config["channel_mult"], config["num_res_blocks"]
+        self.sizes = [config["image_size"] >> level for level in range(len(self.mult))]
+        self.widths = [multiple * config["model_channels"] for multiple in self.mult]
+        self.emb = 4 * config["model_channels"]
+        self.attention_at = config["attention_resolutions"]
+        self.heads, self.head_channels = config["num_heads"], config["num_head_channels"]
+        self.resblock_updown = config["resblock_updown"]
+        self.norm = {"groups": config["norm_groups"], "eps": config["norm_eps"]}
+        self.res_settings = {"dropout": config["dropout"], "scale_shift": config["scale_shift"], **self.norm}
+
+    def down(self) -> tuple[nn.ModuleList, list[int]]:
+        """The blocks on the way down, and the width of each skip connection."""
+        blocks, skips = nn.ModuleList(), [self.widths[0] // self.mult[0]]
+        for level, width in enumerate(self.widths):
+            for _ in range(self.blocks):
+                blocks.append(self._block(skips[-1], width, level))
+                skips.append(width)
+            if level < len(self.widths) - 1:
+                blocks.append(nn.ModuleList([self._change(width, -1)]))
+                skips.append(width)
+        return blocks, skips
+
+    def middle(self, width: int) -> nn.ModuleList:
+        return nn.ModuleList([self._res(width, width), self._attention(width), self._res(width, width)])
+
+    def up(self, skips: list[int]) -> nn.ModuleList:
+        """The blocks on the way up; each takes the newest skip connection that is left."""
+        blocks, inside, skips = nn.ModuleList(), skips[-1], list(skips)
+        for level, width in reversed(list(enumerate(self.widths))):
+            for i in range(self.blocks + 1):
+                block = self._block(inside + skips.pop(), width, level)
+                if level and i == self.blocks:
+                    block.append(self._change(width, 1))
+                blocks.append(block)
+                inside = width
+        return blocks
+
+    def _block(self, inside: int, outside: int, level: int) -> nn.ModuleList:
+        attention = [self._attention(outside)] if self.sizes[level] in self.attention_at else []
+        return nn.ModuleList([self._res(inside, outside), *attention])
+
+    def _res(self, inside: int, outside: int, direction: int = 0) -> ResBlock:
+        return ResBlock(inside, outside, self.emb, **self.res_settings, resample=direction)
+
+    def _attention(self, channels: int) -> Attention:
+        heads = self.heads
+        if self.head_channels is not None:
+            fits = self.head_channels >= 1 and channels % self.head_channels == 0
+            check(fits, f"{channels} channels cannot be split into heads of {self.head_channels} (num_head_channels)")
+            heads = channels // self.head_channels
+        return Attention(channels, heads, **self.norm)
+
+    def _change(self, channels: int, direction: int) -> nn.Module:
+        if self.resblock_updown:
+            return self._res(channels, channels, direction)
+        return Upsample(channels) if direction > 0 else Downsample(channels)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    for name in ("image_size", "in_channels", "model_channels", "num_res_blocks", "num_heads", "norm_groups"):
+        check(config[name] >= 1, f"{name} must be at least 1, got {config[name]}")
+    for name in ("num_classes", "condition_channels"):
+        check((config[name] or 0) >= 0, f"{name} must not be negative, got {config[name]}")
+    check(0 <= config["dropout"] < 1, f"dropout must lie in [0, 1), got {config['dropout']}")
+    mult, size = config["channel_mult"], config["image_size"]
+    check(len(mult) > 0 and min(mult) >= 1, f"channel_mult must name at least one level, each at least 1, got {mult}")
+    halvings = len(mult) - 1
+    check(size % 2**halvings == 0, f"image_size {size} cannot be halved {halvings} times (channel_mult)")
+    sizes = [size >> level for level in range(len(mult))]
+    unknown = sorted(set(config["attention_resolutions"]) - set(sizes))
     check(not unknown, f"attention_resolutions {unknown} do not occur: the levels are {sizes}")

@@ -28,9 +28,29 @@ def check_same(name: str, y: Tensor, x: Tensor) -> None:
     check(y.device == x.device, f"{name} must be on {x.device}, got {y.device}")
 
 
-def check_per_sample(name: str, value: Tensor, x: Tensor) -> None:
+def check_per_sample(name: str, value: object, x: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a tensor with one number per sample, got {type(value).__name__}")
     check(value.shape == x.shape[:1], f"{name} must hold one number per sample ({len(x)}), got {list(value.shape)}")
     check(value.device == x.device, f"{name} must be on {x.device}, got {value.device}")
+
+
+def check_clip(clip: float | None) -> float:
+    """The bound of the estimate of x0, infinite for None."""
+    check(clip is None or clip > 0, f"clip must be positive or None, got {clip}")
+    return torch.inf if clip is None else clip
+
+
+def check_row(row: object, count: int, x: Tensor) -> None:
+    """An index 0 ... count-1, or int64 ``[N]`` of them; those on a device are not looked at: that would wait for it."""
+    if isinstance(row, Tensor):
+        check(row.dtype == torch.int64, f"row must be int64, got {row.dtype}")
+        check_per_sample("row", row, x)
+        low, high = (0, 0) if row.device.type != "cpu" or not row.numel() else map(int, row.aminmax())
+    else:
+        check(isinstance(row, int), f"row must be a whole number or one per sample, got {row!r}")
+        low = high = row  # type: ignore[assignment]
+    check(low >= 0 and high < count, f"row must lie in 0...{count - 1}, got {row}")
 
 
 def check_scale(name: str, value: Tensor | float, x: Tensor) -> Tensor:

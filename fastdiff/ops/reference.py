@@ -74,14 +74,18 @@ def group_norm_silu(
     # ATen's variance is two-pass only on contiguous memory; its channels-last form cancels.
     wide = _wide(x)
     weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
-    y = F.group_norm(x.to(wide).contiguous(), groups, weight, bias, eps)
+    y = torch.group_norm(x.to(wide).contiguous(), groups, weight, bias, eps)
     if scale is not None:
         y = y * (1 + _like(scale, y))
     if shift is not None:
         y = y + _like(shift, y)
     y = F.silu(y) if activation == "silu" else y
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return y.to(x.dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    return y.to(x.dtype, memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
 
 
 def _wide(x: Tensor) -> torch.dtype:

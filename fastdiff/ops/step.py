@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdiff import noise as noises
 from fastdiff.errors import check, choose
 from fastdiff.ops import row as rows
-from fastdiff.ops.checks import check_floating, check_same, check_scale, check_state
+from fastdiff.ops.checks import check_clip, check_floating, check_row, check_same, check_scale, check_state
 from fastdiff.ops.dispatch import body
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
@@ -149,8 +149,9 @@ def posterior_step(
         The rest: as in :func:`ddim_step`; noise or seed is needed.
     """
     check_state("x", x)
-    choose("variance", variance, VARIANCES)
     check(noise is not None or seed is not None, "the posterior step adds noise: give noise or seed")
+    learned = variance == "learned_range"
+    check(not learned or out.shape[1] == 2 * x.shape[1], f"out must have {2 * x.shape[1]} channels with learned_range")
     levels = _levels(x, alpha, sigma, alpha_next, sigma_next)
     table, row = _table(x, levels, prediction, clip, guidance_scale, **posterior_letters(*levels, variance=variance))
     return affine_step(x, out, table, row, uncond=uncond, noise=noise, seed=seed, step=step, sample=sample)
@@ -160,6 +161,7 @@ def posterior_letters(
     alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, *, variance: str
 ) -> dict[str, Tensor]:
     """The letters a, b, s, lo, hi of an ancestral step; s is 0 where the next level is clean."""
+    choose("variance", variance, VARIANCES)
     a, b, small = rows.posterior(alpha, sigma, alpha_next, sigma_next)
     large = rows.forward_variance(alpha, sigma, alpha_next, sigma_next)
     noisy = small > 0
@@ -182,7 +184,7 @@ def _table(
 ) -> tuple[Tensor, int | Tensor]:
     p, q = rows.to_x0(prediction, *levels[:2])
     count = len(p)
-    table = rows.make_table(count, p=p, q=q, w=scale, clip=torch.inf if clip is None else clip, **letters)
+    table = rows.make_table(count, p=p, q=q, w=scale, clip=check_clip(clip), **letters)
     return table.to(x.device, x.dtype), 0 if count == 1 else torch.arange(count, device=x.device)
 
 
@@ -210,13 +212,8 @@ def _check_step(
         if vector is not None:
             check_floating(name, vector)
             check_same(name, vector, x)
-    check(
-        table.ndim == 2 and table.shape[1] == len(rows.LETTERS),
-        f"table must be [R, {len(rows.LETTERS)}], got {list(table.shape)}",
-    )
+    check(isinstance(table, Tensor), f"table must be a tensor, got {type(table).__name__}")
+    letters = len(rows.LETTERS)
+    check(table.ndim == 2 and table.shape[1] == letters, f"table must be [R, {letters}], got {list(table.shape)}")
     check(table.device == x.device, f"table must be on {x.device}, got {table.device}")
-    if isinstance(row, Tensor):
-        check(row.dtype == torch.int64, f"row must be int64, got {row.dtype}")
-        check(row.shape == x.shape[:1], f"row must hold one index per sample ({len(x)}), got {list(row.shape)}")
-    else:
-        check(0 <= row < len(table), f"row must lie in 0...{len(table) - 1}, got {row}")
+    check_row(row, len(table), x)

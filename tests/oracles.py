@@ -1,0 +1,98 @@
+"""Exact denoisers to test against: E[x0 | alpha x0 + sigma noise = x] in float64, and models made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+
+Level = Tensor | float
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Isotropic Gaussians: ``weights`` [K] that sum to 1, ``means`` [K, d], ``stds`` [K]."""
+
+    weights: Tensor
+    means: Tensor
+    stds: Tensor
+
+    @classmethod
+    def random(cls, dim: int, components: int = 3, seed: int = 0) -> Mixture:
+        """A mixture on the scale of 1, the same for the same arguments."""
+        generator = torch.Generator().manual_seed(seed)
+        weights, stds = (torch.rand(components, generator=generator, dtype=torch.float64) for _ in range(2))
+        means = torch.randn(components, dim, generator=generator, dtype=torch.float64)
+        return cls((weights + 0.5) / (weights + 0.5).sum(), means, 0.3 + 0.3 * stds)
+
+    def denoise(self, x: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        """x ``[N, d]``, levels numbers or ``[N, 1]``: posterior means of the components by their posterior weights."""
+        alpha, sigma = (torch.as_tensor(level, dtype=torch.float64) for level in (alpha, sigma))
+        variance = (alpha * self.stds) ** 2 + sigma**2
+        offset = x[:, None] - alpha[..., None] * self.means
+        log_weight = self.weights.log() - offset.square().sum(-1) / (2 * variance) - x.shape[1] / 2 * variance.log()
+        gain = alpha * self.stds**2 / variance
+        return (log_weight.softmax(-1)[..., None] * (self.means + gain[..., None] * offset)).sum(1)
+
+    def cdf(self, x: Tensor, axis: int) -> Tensor:
+        """The cumulative distribution of coordinate ``axis`` at the points ``x`` ``[N]``."""
+        return (self.weights * torch.special.ndtr((x[:, None] - self.means[:, axis]) / self.stds)).sum(1)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent N(mean, std**2) for every element of x, of any shape; ``std`` 0 is a point."""
+
+    mean: float
+    std: float
+
+    def affine(self, alpha: Level, sigma: Level) -> tuple[Level, Level]:
+        """gain, offset of the denoiser gain * x + offset."""
+        gain = alpha * self.std**2 / ((alpha * self.std) ** 2 + sigma**2)
+        return gain, self.mean * (1 - alpha * gain)
+
+    def denoise(self, x: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        gain, offset = self.affine(alpha, sigma)
+        return gain * x + offset
+
+    def moments(self, alpha: Level, sigma: Level) -> tuple[Level, Level]:
+        """Mean and variance of alpha x0 + sigma noise."""
+        return alpha * self.mean, (alpha * self.std) ** 2 + sigma**2
+
+
+def predict(prediction: str, x: Tensor, x0: Tensor, alpha: Level, sigma: Level) -> Tensor:
+    """What a network of this prediction type gives that takes x0 for the data behind x."""
+    noise = (x - alpha * x0) / sigma
+    if prediction == "epsilon":
+        return noise
+    if prediction == "sample":
+        return x0
+    if prediction == "v_prediction":
+        return (alpha * noise - sigma * x0) / (alpha**2 + sigma**2) ** 0.5
+    return noise - x0
+
+
+def model_of(data: Mixture | Gaussian, diffusion: fd.Diffusion) -> Callable[[Tensor, Tensor], Tensor]:
+    """The exact model of ``data`` under a diffusion, called as samplers call networks: ``model(c_in x, c_noise)``."""
+    schedule = diffusion.schedule
+    times = schedule.c_noise.double()
+    between = (times[1:] + times[:-1]) / 2
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        at = torch.bucketize(t.double().contiguous(), between)
+        shape = (-1, *(1,) * (x.ndim - 1))
+        alpha, sigma, c_in = (table[at].reshape(shape) for table in (schedule.alpha, schedule.sigma, schedule.c_in))
+        x = x.double() / c_in
+        return predict(diffusion.prediction, x, data.denoise(x, alpha, sigma), alpha, sigma)
+
+    return model
+
+
+def levels_schedule(alpha: Tensor, sigma: Tensor, name: str = "levels") -> fd.Schedule:
+    """A schedule of exactly these levels, noisiest first as a run visits them; ``name`` "flow" marks rectified flow."""
+    alpha, sigma = alpha.flip(0), sigma.flip(0)
+    return fd.Schedule(alpha, sigma, torch.ones_like(alpha), torch.arange(len(alpha)), {"name": name})

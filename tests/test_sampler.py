@@ -1,0 +1,603 @@
+"""The loop: exact laws, noise addressing, guidance, what the model sees, state handling and bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+from oracles import Gaussian, Mixture, model_of, predict
+from torch import Tensor, nn
+
+import fastdiff as fd
+from fastdiff.noise import Stream
+from fastdiff.sampler import State
+from fastdiff.solvers import SOLVERS
+
+NOISY = {"ddpm": {}, "euler_a": {}, "ddim": {"eta": 0.7}}
+LINEAR_50 = fd.Schedule.linear(50, beta_start=2e-3, beta_end=0.3)
+
+
+class Recorder:
+    """The model out = x / 4 + 1 / 8 + y, the same for an element in any batch, that writes down how it is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[SimpleNamespace] = []
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        self.calls.append(SimpleNamespace(x=x, t=t, y=y, grad=torch.is_grad_enabled()))
+        out = 0.25 * x + 0.125
+        return out if y is None else out + y.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def make(model: Any = None, solver: str = "ddim", steps: Any = 8, prediction: str = "v_prediction", **options: Any):
+    schedule = options.pop("schedule", None) or fd.Schedule.cosine(100)
+    diffusion = fd.Diffusion(schedule, prediction, options.pop("variance_of", "fixed_small"))
+    return fd.Sampler(model or Recorder(), diffusion, solver, steps, **options)
+
+
+def noise_of(shape: tuple[int, ...], row: int, **address: Any) -> Tensor:
+    return fd.noise.normal(shape, step=row, stream=Stream.STEP, dtype=torch.float64, **address)
+
+
+# ---- the exact discrete law of Gaussian data ------------------------------------------------
+
+
+def gaussian_run(solver: str, prediction: str, **options: Any) -> tuple[fd.Sampler, Gaussian, list[tuple[float, ...]]]:
+    """A sampler over the full chain of data N(1.3, 0.6²), and gain, shift, std of each of its rows."""
+    data, diffusion = Gaussian(1.3, 0.6), fd.Diffusion(LINEAR_50, prediction)
+    sampler = fd.Sampler(model_of(data, diffusion), diffusion, solver, 50, dtype=torch.float64, **options)
+    recursion = []
+    for row, t in zip(sampler.table.rows, sampler.table.timesteps.tolist(), strict=True):
+        alpha, sigma = float(LINEAR_50.alpha[t]), float(LINEAR_50.sigma[t])
+        at_0, at_1 = (predict(prediction, x, data.denoise(x, alpha, sigma), alpha, sigma) for x in (0.0, 1.0))
+        recursion.append((row.a + row.b * (row.p + row.q * (at_1 - at_0)), row.b * row.q * at_0, row.s))
+    return sampler, data, recursion
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [("ddpm", {}), ("ddpm", {"variance": "fixed_large"}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.5}), ("ddim", {})],
+)
+def test_a_sample_is_the_linear_combination_of_its_noises(
+    solver: str, options: dict[str, Any], prediction: str
+) -> None:
+    """x_0 = sum of (coefficient of row j) z_j + (that of the start) x_T + constant, with the public noise."""
+    sampler, _, recursion = gaussian_run(solver, prediction, **options)
+    expected = fd.noise.normal((64, 3), seed=5, stream=Stream.INITIAL, dtype=torch.float64)
+    expected = expected * math.prod(gain for gain, _, _ in recursion)
+    for j, (_, shift, std) in enumerate(recursion):
+        after = math.prod(gain for gain, _, _ in recursion[j + 1 :])
+        expected = expected + after * (shift + std * noise_of((64, 3), j, seed=5))
+    assert (sampler((64, 3), seed=5) - expected).abs().max() <= 1e-12
+
+
+def exact_moments(recursion: list[tuple[float, ...]]) -> tuple[float, float]:
+    mean, variance = 0.0, 1.0
+    for gain, shift, std in recursion:
+        mean, variance = gain * mean + shift, gain**2 * variance + std**2
+    return mean, variance
+
+
+def z_scores(draws: Tensor, mean: float, variance: float) -> tuple[float, float]:
+    n = draws.numel()
+    of_mean = (float(draws.mean()) - mean) / math.sqrt(variance / n)
+    return of_mean, (float(draws.var()) / variance - 1) / math.sqrt(2 / (n - 1))
+
+
+def check_gaussian_law(count: int) -> None:
+    sampler, data, recursion = gaussian_run("ddpm", "epsilon")
+    mean, variance = exact_moments(recursion)
+    draws = sampler((50, count // 50), seed=11)
+    assert all(abs(z) < 5 for z in z_scores(draws, mean, variance))
+    # The draws do tell this law from the data's, which a finite number of steps misses.
+    assert abs(z_scores(draws, data.mean, data.std**2)[1]) > 20
+
+
+def test_sampled_moments_are_those_of_the_exact_law() -> None:
+    check_gaussian_law(200_000)
+
+
+@pytest.mark.slow
+def test_sampled_moments_are_those_of_the_exact_law_at_length() -> None:
+    check_gaussian_law(1_000_000)
+
+
+MIXTURE = Mixture(
+    torch.tensor([0.2, 0.5, 0.3]).double(),
+    torch.tensor([[-2.0, 0.0], [1.0, 1.5], [1.5, -2.0]]).double(),
+    torch.tensor([0.25, 0.35, 0.3]).double(),
+)
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("ddpm", 250), ("heun", 40), ("dpmpp_2m", 60), ("euler_a", 250)])
+def test_a_mixture_is_sampled_with_its_marginals_and_weights(solver: str, steps: int) -> None:
+    count = 10_000
+    diffusion = fd.Diffusion(fd.Schedule.linear())
+    sampler = fd.Sampler(model_of(MIXTURE, diffusion), diffusion, solver, steps, dtype=torch.float64)
+    draws = sampler((count, 2), seed=3)
+    for axis in range(2):
+        cdf = MIXTURE.cdf(draws[:, axis].sort().values, axis).numpy()
+        assert scipy.stats.kstest(cdf, "uniform").pvalue > 1e-6
+    mode = (draws[:, None] - MIXTURE.means).norm(dim=-1).argmin(1)
+    for k, weight in enumerate(MIXTURE.weights.tolist()):
+        z = (float((mode == k).double().mean()) - weight) / math.sqrt(weight * (1 - weight) / count)
+        assert abs(z) < 5
+
+
+# ---- noise and addresses --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", NOISY)
+def test_sample_k_is_the_same_in_any_split_of_the_batch(solver: str) -> None:
+    sampler = make(solver=solver, **NOISY[solver])
+    whole = sampler((7, 3, 5), seed=9)
+    for parts in ([1] * 7, [2, 5], [3, 3, 1]):
+        ends = list(itertools.accumulate(parts))
+        split = [sampler((n, 3, 5), seed=9, sample=range(end - n, end)) for n, end in zip(parts, ends, strict=True)]
+        assert torch.equal(torch.cat(split), whole)
+    reordered = sampler((3, 3, 5), seed=9, sample=torch.tensor([6, 0, 2]))
+    assert torch.equal(reordered, whole[[6, 0, 2]])
+
+
+@pytest.mark.parametrize("solver", NOISY)
+def test_a_list_of_seeds_gives_each_seed_its_own_image(solver: str) -> None:
+    sampler = make(solver=solver, **NOISY[solver])
+    seeds = [4, -1, 2**62, 4]
+    together = sampler((4, 2, 3), seed=seeds)
+    for k, seed in enumerate(seeds):
+        assert torch.equal(together[k : k + 1], sampler((1, 2, 3), seed=seed))
+    assert torch.equal(together[0], together[3])
+    assert not torch.equal(together[0], together[1])
+    assert torch.equal(sampler((4, 2, 3), seed=torch.tensor(seeds)), together)
+
+
+@pytest.mark.parametrize("solver", NOISY)
+def test_row_i_adds_the_noise_of_step_i(solver: str) -> None:
+    sampler = make(solver=solver, dtype=torch.float64, **NOISY[solver])
+    ids = [3, 8, 1]
+    states = list(sampler.iterate((3, 2), seed=21, sample=ids))
+    x = fd.noise.normal((3, 2), seed=21, sample=ids, stream=Stream.INITIAL, dtype=torch.float64)
+    for i, (row, state) in enumerate(zip(sampler.table.rows, states, strict=True)):
+        z = noise_of((3, 2), i, seed=21, sample=ids)
+        assert (state.x - (row.a * x + row.b * state.x0 + row.s * z)).abs().max() <= 1e-12
+        x = state.x
+    assert [bool(row.s) for row in sampler.table.rows] == [True] * (len(states) - 1) + [False]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "scale"),
+    [(fd.Schedule.linear(100), 1.0), (fd.Schedule.edm(100, sigma_max=50.0), 50.0), (fd.Schedule.flow(100), 1.0)],
+)
+def test_the_start_is_the_initial_stream_scaled_by_sigma_where_variance_explodes(
+    schedule: fd.Schedule, scale: float
+) -> None:
+    model = Recorder()
+    make(model, schedule=schedule, dtype=torch.float64, steps=3)((2, 3), seed=5)
+    noise = fd.noise.normal((2, 3), seed=5, stream=Stream.INITIAL, dtype=torch.float64)
+    expected = float(schedule.c_in[-1]) * scale * noise
+    assert (model.calls[0].x - expected).abs().max() <= 1e-14 * scale
+
+
+def test_a_given_x_is_the_start_and_stays_as_it_was() -> None:
+    model = Recorder()
+    x = torch.full((2, 3), 0.5)
+    make(model)((2, 3), x=x)
+    assert torch.equal(model.calls[0].x, x)
+    assert torch.equal(x, torch.full((2, 3), 0.5))
+
+
+def test_noise_of_the_seed_given_as_x_gives_the_same_samples() -> None:
+    sampler = make(solver="ddpm")
+    x = fd.noise.normal((4, 3), seed=8, stream=Stream.INITIAL)
+    assert torch.equal(sampler((4, 3), seed=8, x=x), sampler((4, 3), seed=8))
+    assert not torch.equal(sampler((4, 3), seed=8, x=x + 1), sampler((4, 3), seed=8))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_global_random_state_is_left_alone(solver: str) -> None:
+    sampler = make(solver=solver)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = sampler((2, 3), seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(sampler((2, 3), seed=1), first)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_threads_may_share_a_sampler_and_runs_leave_nothing_behind(solver: str) -> None:
+    sampler = make(fd.MLP(3, width=16, depth=1).eval(), solver)
+    for parameter in sampler.model.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    alone = [sampler((4, 3), seed=seed) for seed in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        shared = list(pool.map(lambda seed: sampler((4, 3), seed=seed), range(16)))
+    assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
+    assert not torch.equal(alone[0], alone[1])
+
+
+# ---- guidance -------------------------------------------------------------------------------
+
+LABELS = {"y": torch.tensor([1.0, -1.0, 0.5, 0.25])}
+NULL = {"y": 0.0}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_scale_1_is_no_guidance(solver: str) -> None:
+    model = Recorder()
+    guided = make(model, solver, guidance_scale=1.0)((4, 3), seed=2, uncond=NULL, **LABELS)
+    assert {len(call.x) for call in model.calls} == {4}
+    assert torch.equal(guided, make(solver=solver)((4, 3), seed=2, **LABELS))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_scale_0_is_the_unconditional_model(solver: str) -> None:
+    guided = make(solver=solver, guidance_scale=0.0)((4, 3), seed=2, uncond=NULL, **LABELS)
+    assert torch.equal(guided, make(solver=solver)((4, 3), seed=2, y=torch.zeros(4)))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("scale", [-1.5, 0.4, 3.0, 7.5])
+def test_samples_of_an_affine_model_are_affine_in_the_scale(scale: float, solver: str) -> None:
+    def at(w: float) -> Tensor:
+        sampler = make(solver=solver, guidance_scale=w, dtype=torch.float64)
+        return sampler((4, 3), seed=2, uncond=NULL, **LABELS)
+
+    expected = at(0.0) + scale * (at(1.0) - at(0.0))
+    assert (at(1.0) - at(0.0)).abs().max() > 0.1
+    assert (at(scale) - expected).abs().max() <= 1e-12
+
+
+def test_conditional_and_unconditional_go_through_the_network_in_one_batch() -> None:
+    model = Recorder()
+    make(model, guidance_scale=[1.0, 3.0, 0.0, 1.0], steps=4)((4, 3), uncond=NULL, **LABELS)
+    assert [len(call.x) for call in model.calls] == [4, 8, 8, 4]
+    both = model.calls[1]
+    assert torch.equal(both.x[:4], both.x[4:])
+    assert torch.equal(both.t[:4], both.t[4:])
+    assert torch.equal(both.y, torch.cat((LABELS["y"], torch.zeros(4))))
+
+
+def test_scales_by_step_are_used_in_their_step() -> None:
+    scales = [1.0, 3.0, 0.5, 2.0]
+    sampler = make(guidance_scale=scales, steps=4, dtype=torch.float64)
+    assert sampler.table.rows.w.tolist() == scales
+    x = fd.noise.normal((4, 3), seed=0, stream=Stream.INITIAL, dtype=torch.float64)
+    for scale, row, state in zip(
+        scales, sampler.table.rows, sampler.iterate((4, 3), uncond=NULL, **LABELS), strict=True
+    ):
+        out = 0.25 * x + 0.125 + scale * LABELS["y"].double()[:, None]
+        x0 = row.p * x + row.q * out
+        assert (state.x0 - x0).abs().max() <= 1e-13
+        x = state.x
+
+
+def classes_mlp() -> fd.MLP:
+    mlp = fd.MLP(2, width=16, depth=1, num_classes=3).eval()
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    return mlp
+
+
+def test_own_networks_know_their_null_condition() -> None:
+    sampler = make(classes_mlp(), guidance_scale=2.5)
+    y = torch.tensor([0, 1, 2, 1])
+    known = sampler((4, 2), y=y)
+    assert torch.equal(known, sampler((4, 2), y=y, uncond={"y": 3}))
+    assert torch.equal(known, sampler((4, 2), y=y, uncond={"y": torch.full((4,), 3)}))
+    assert not torch.equal(known, sampler((4, 2), y=y, uncond={"y": 0}))
+
+
+def test_a_condition_that_is_no_tensor_has_its_null_respected() -> None:
+    """Prompts, numbers, nested structures: the unconditional half must be given the null value, or be refused."""
+
+    def model(x: Tensor, t: Tensor, level: float) -> Tensor:
+        return 0.25 * x + level
+
+    weak = make(model, guidance_scale=0.0)
+    try:
+        got = weak((4, 3), level=2.0, uncond={"level": 0.0})
+    except fd.InputError:
+        return
+    assert torch.equal(got, make(model)((4, 3), level=0.0))
+
+
+# ---- clipping, states, callbacks ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [0.1, 1.0])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_clip_bounds_the_estimate_in_every_row(solver: str, clip: float) -> None:
+    sampler = make(lambda x, t: -3 * x, solver, clip=clip)
+    states = list(sampler.iterate((4, 3), seed=1))
+    assert all(state.x0.abs().max() <= clip for state in states)
+    free = list(make(lambda x, t: -3 * x, solver).iterate((4, 3), seed=1))
+    assert any(state.x0.abs().max() > clip for state in free)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_callback_and_iterate_give_the_same_states(solver: str) -> None:
+    sampler = make(solver=solver)
+    seen: list[State] = []
+    final = sampler((4, 3), seed=3, callback=seen.append)
+    states = list(sampler.iterate((4, 3), seed=3))
+    assert [state.step for state in seen] == list(range(len(sampler.table)))
+    assert [state.timestep for state in states] == sampler.table.timesteps.tolist()
+    for one, other in zip(seen, states, strict=True):
+        assert (one.step, one.timestep) == (other.step, other.timestep)
+        assert torch.equal(one.x, other.x)
+        assert torch.equal(one.x0, other.x0)
+    assert torch.equal(final, states[-1].x)
+
+
+def test_iterate_may_be_left_early_and_does_not_switch_gradients_off_for_the_caller() -> None:
+    model = Recorder()
+    rows = make(model).iterate((2, 3))
+    assert model.calls == []
+    next(rows)
+    assert torch.is_grad_enabled()
+    next(rows)
+    rows.close()
+    assert torch.is_grad_enabled()
+    assert [call.grad for call in model.calls] == [False, False]
+
+
+def test_samples_carry_no_gradient_graph() -> None:
+    sample = make(classes_mlp())((2, 2), y=torch.tensor([0, 1]))
+    assert not sample.requires_grad
+
+
+def test_progress_shows_a_bar_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    sampler = make(steps=4)
+    sampler((2, 3))
+    quiet = capsys.readouterr()
+    assert (quiet.out, quiet.err) == ("", "")
+    sampler((2, 3), progress=True)
+    shown = capsys.readouterr()
+    assert "4/4" in shown.out + shown.err
+
+
+# ---- what the model sees and returns --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("heun", 15), ("ddim", 8), ("ddpm", 8), ("dpmpp_2m", 8)])
+def test_the_number_of_network_evaluations(solver: str, evaluations: int) -> None:
+    model = Recorder()
+    sampler = make(model, solver)
+    sampler((2, 3))
+    assert len(model.calls) == len(sampler.table) == evaluations
+
+
+def test_the_model_is_told_the_timestep_of_each_row() -> None:
+    model = Recorder()
+    make(model, steps=[90, 41, 7])((2, 3))
+    assert [call.t.tolist() for call in model.calls] == [[90, 90], [41, 41], [7, 7]]
+    assert model.calls[0].t.dtype == torch.int64
+
+
+def test_edm_tells_log_sigma_and_scales_the_input_and_flow_tells_a_thousand_sigma() -> None:
+    model, schedule = Recorder(), fd.Schedule.edm(20, sigma_data=0.7)
+    states = list(make(model, schedule=schedule, steps=5, dtype=torch.float64).iterate((2, 3)))
+    sigma = schedule.sigma[schedule.timesteps(5)]
+    assert (torch.stack([call.t[0] for call in model.calls]) - sigma.log() / 4).abs().max() <= 1e-14
+    for call, state, s in zip(model.calls[1:], states, sigma[1:], strict=False):
+        assert (call.x - state.x / (s**2 + 0.49).sqrt()).abs().max() <= 1e-14
+    model = Recorder()
+    make(model, schedule=fd.Schedule.flow(20), steps=5)((2, 3))
+    assert [round(float(call.t[0]), 3) for call in model.calls] == [1000, 800, 600, 400, 200]
+
+
+def test_free_lists_of_timesteps() -> None:
+    whole = make(steps=range(99, -1, -1))((2, 3))
+    assert torch.equal(whole, make(steps=100)((2, 3)))
+    assert torch.equal(make(steps=torch.tensor([80, 33, 2]))((2, 3)), make(steps=[80, 33, 2])((2, 3)))
+    assert not torch.equal(make(steps=[80, 33, 2])((2, 3)), make(steps=[80, 33, 3])((2, 3)))
+    assert make(steps=[5]).table.timesteps.tolist() == [5]
+
+
+class Tiny(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((3,), 0.25, dtype=dtype))
+        self.seen: set[torch.dtype] = set()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.seen |= {x.dtype, t.dtype}
+        return x * self.gain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_state_is_float32_and_the_network_gets_its_own_precision(dtype: torch.dtype) -> None:
+    model = Tiny(dtype)
+    states = list(make(model, "dpmpp_2m").iterate((2, 3), seed=4))
+    assert model.seen == {dtype, torch.int64}
+    assert {state.x.dtype for state in states} | {state.x0.dtype for state in states} == {torch.float32}
+    exact = make(Tiny(torch.float64), "dpmpp_2m", dtype=torch.float64)((2, 3), seed=4)
+    assert (states[-1].x - exact).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+def test_float64_runs_the_whole_loop_in_float64() -> None:
+    model = Recorder()
+    states = list(make(model, dtype=torch.float64).iterate((2, 3)))
+    assert {state.x.dtype for state in states} | {call.x.dtype for call in model.calls} == {torch.float64}
+    single = make()((2, 3))
+    assert single.dtype == torch.float32
+    assert 0 < (single - states[-1].x).abs().max() <= 1e-6
+
+
+def test_an_object_with_sample_is_an_output() -> None:
+    wrapped = make(lambda x, t: SimpleNamespace(sample=0.25 * x + 0.125))
+    assert torch.equal(wrapped((2, 3), seed=6), make()((2, 3), seed=6))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_memory_format_of_the_output_changes_no_value(solver: str) -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return (0.25 * x + 0.125).to(memory_format=torch.channels_last)
+
+    def sliced(x: Tensor, t: Tensor) -> Tensor:
+        return torch.stack((0.25 * x + 0.125, x), -1)[..., 0]
+
+    plain = make(solver=solver)((2, 3, 4, 5), seed=6)
+    assert torch.equal(make(model, solver)((2, 3, 4, 5), seed=6), plain)
+    assert torch.equal(make(sliced, solver)((2, 3, 4, 5), seed=6), plain)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_channels_last_start_stays_channels_last(solver: str) -> None:
+    x = fd.noise.normal((2, 3, 4, 5), seed=6, stream=Stream.INITIAL)
+    got = make(solver=solver)((2, 3, 4, 5), seed=6, x=x.to(memory_format=torch.channels_last))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(got, make(solver=solver)((2, 3, 4, 5), seed=6, x=x))
+
+
+# ---- learned variance -----------------------------------------------------------------------
+
+
+def learned(x: Tensor, t: Tensor) -> Tensor:
+    return torch.cat((0.25 * x + 0.125, torch.sin(3 * x)), 1)
+
+
+def test_learned_range_interpolates_the_logarithms_of_the_variances() -> None:
+    schedule = fd.Schedule.cosine(100)
+    sampler = make(learned, "ddpm", variance_of="learned_range", dtype=torch.float64)
+    levels = [(float(schedule.alpha[t]) ** 2) for t in sampler.timesteps.tolist()] + [1.0]
+    x = fd.noise.normal((3, 2, 2), seed=5, stream=Stream.INITIAL, dtype=torch.float64)
+    for i, state in enumerate(sampler.iterate((3, 2, 2), seed=5)):
+        bar, bar_next = levels[i], levels[i + 1]
+        beta = 1 - bar / bar_next
+        mean = bar_next**0.5 * beta / (1 - bar) * state.x0 + (1 - beta) ** 0.5 * (1 - bar_next) / (1 - bar) * x
+        if bar_next < 1:
+            small, f = beta * (1 - bar_next) / (1 - bar), (1 + torch.sin(3 * x)) / 2
+            std = torch.exp((f * math.log(beta) + (1 - f) * math.log(small)) / 2)
+            mean = mean + std * noise_of((3, 2, 2), i, seed=5)
+        assert (state.x - mean).abs().max() <= 1e-12
+        x = state.x
+    assert i == 7
+
+
+@pytest.mark.parametrize("options", [{}, {"eta": 0.6}])
+def test_ddim_leaves_the_variance_channels_aside(options: dict[str, float]) -> None:
+    wide = make(learned, variance_of="learned_range", **options)((3, 2, 2), seed=5)
+    assert torch.equal(wide, make(**options)((3, 2, 2), seed=5))
+
+
+def test_guidance_leaves_the_variance_to_the_conditional_model() -> None:
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        level = y.reshape(-1, 1, 1).expand_as(x)
+        return torch.cat((0.25 * x, level), 1)
+
+    def run(scale: float, y: float) -> Tensor:
+        sampler = make(model, "ddpm", variance_of="learned_range", guidance_scale=scale, dtype=torch.float64)
+        null = torch.zeros(3, dtype=torch.float64)
+        return sampler((3, 2, 2), seed=5, y=null + y, uncond={"y": null - y})
+
+    assert torch.equal(run(4.0, 0.5), run(1.0, 0.5))
+    assert not torch.equal(run(4.0, 0.5), run(4.0, -0.5))
+
+
+def test_learned_variance_without_its_channels_is_refused() -> None:
+    sampler = make(solver="ddpm", variance_of="learned_range")
+    with pytest.raises(fd.InputError):
+        sampler((3, 2, 2))
+
+
+# ---- bad input ------------------------------------------------------------------------------
+
+BAD_SAMPLERS = {
+    "unknown solver": {"solver": "rk45"},
+    "unknown spacing": {"spacing": "random"},
+    "no steps": {"steps": 0},
+    "more steps than timesteps": {"steps": 101},
+    "a fraction of steps": {"steps": 2.5},
+    "steps in words": {"steps": "ten"},
+    "steps true": {"steps": True},
+    "no timesteps": {"steps": []},
+    "ascending timesteps": {"steps": [1, 2, 3]},
+    "a timestep twice": {"steps": [5, 5, 1]},
+    "a timestep outside": {"steps": [100, 5]},
+    "a negative timestep": {"steps": [5, -1]},
+    "an option the solver lacks": {"solver": "heun", "eta": 0.5},
+    "eta too large": {"eta": 1.5},
+    "eta negative": {"eta": -0.1},
+    "eta in words": {"eta": "half"},
+    "eta not a number": {"eta": math.nan},
+    "unknown variance": {"solver": "ddpm", "variance": "fixed_smal"},
+    "clip zero": {"clip": 0.0},
+    "clip negative": {"clip": -1.0},
+    "clip not a number": {"clip": math.nan},
+    "scales for other steps": {"guidance_scale": [1.0, 2.0]},
+    "scale infinite": {"guidance_scale": math.inf},
+    "scale in words": {"guidance_scale": "strong"},
+    "half precision state": {"dtype": torch.float16},
+    "epsilon from pure noise": {"prediction": "epsilon", "schedule": fd.Schedule.flow(100)},
+    "a model that is none": {"model": 3},
+}
+BAD_CALLS = {
+    "no channels": {"shape": (4,)},
+    "no shape": {"shape": ()},
+    "an empty batch": {"shape": (0, 3)},
+    "a negative size": {"shape": (4, -3)},
+    "a fraction of a sample": {"shape": (4.0, 3)},
+    "a number for a shape": {"shape": 4},
+    "seed a fraction": {"seed": 0.5},
+    "seed in words": {"seed": "zero"},
+    "seed beyond 64 bits": {"seed": 2**70},
+    "seeds for another batch": {"seed": [1, 2, 3]},
+    "ids for another batch": {"sample": [1, 2, 3]},
+    "a negative id": {"sample": [0, 1, 2, -1]},
+    "an id beyond 32 bits": {"sample": [0, 1, 2, 2**32]},
+    "ids that are fractions": {"sample": [0.0, 1.0, 2.0, 3.5]},
+    "x of another shape": {"x": torch.zeros(4, 2)},
+    "x of whole numbers": {"x": torch.zeros(4, 3, dtype=torch.int64)},
+    "x that is no tensor": {"x": [[0.0] * 3] * 4},
+    "labels for another batch": {"y": torch.zeros(3), "uncond": NULL},
+    "guidance without a condition": {"y": None},
+    "guidance without a null": {"uncond": None},
+    "a null of another name": {"uncond": {"label": 0.0}},
+    "a null of another shape": {"uncond": {"y": torch.zeros(3)}},
+    "bad seeds beside x": {"x": torch.zeros(4, 3), "seed": [1, 2, 3]},
+    "bad ids beside x": {"x": torch.zeros(4, 3), "sample": [1, 2, 3]},
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLERS)
+def test_a_bad_sampler_is_refused(case: str) -> None:
+    with pytest.raises(fd.InputError):
+        make(**BAD_SAMPLERS[case])
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_a_bad_call_is_refused_before_the_model_runs(case: str) -> None:
+    model = Recorder()
+    sampler = make(model, "ddpm", guidance_scale=2.0)
+    arguments = {"shape": (4, 3), "uncond": NULL, **LABELS, **BAD_CALLS[case]}
+    arguments = {name: value for name, value in arguments.items() if name != "y" or value is not None}
+    with pytest.raises(fd.InputError):
+        sampler(**arguments)
+    assert model.calls == []
+
+
+def test_the_good_call_beside_the_bad_ones_works() -> None:
+    model = Recorder()
+    assert make(model, "ddpm", guidance_scale=2.0)((4, 3), uncond=NULL, **LABELS).shape == (4, 3)
+    assert len(model.calls) == 8
+
+
+@pytest.mark.parametrize("output", [None, 3.0, (torch.zeros(4, 3),), SimpleNamespace(sample=None)])
+def test_an_output_that_is_no_tensor_is_refused(output: object) -> None:
+    with pytest.raises(fd.InputError, match="must return a tensor"):
+        make(lambda x, t: output)((4, 3))
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (3, 3), (4, 9)])
+def test_an_output_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(fd.InputError, match="out must be"):
+        make(lambda x, t: torch.zeros(shape))((4, 3))
