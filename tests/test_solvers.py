@@ -274,8 +274,9 @@ def test_rows_are_a_record_array_by_the_letters(solver: str) -> None:
     assert all(np.array_equal(tensor[:, i], table.rows[letter]) for i, letter in enumerate(LETTERS))
 
 
-@pytest.mark.parametrize("letter", ["t", *LETTERS])
-def test_every_letter_is_an_attribute_of_the_rows(letter: str) -> None:
+@pytest.mark.parametrize("letter", ["t", *(letter for letter in LETTERS if letter != "clip")])
+def test_letters_are_attributes_of_the_rows(letter: str) -> None:
+    """All but clip, which is a method of numpy arrays and is read as rows["clip"]."""
     schedule = fd.Schedule.linear(100)
     rows = build_table(fd.Diffusion(schedule), schedule.timesteps(10), "heun", clip=2.5).rows
     assert np.array_equal(getattr(rows, letter), rows[letter])
@@ -333,7 +334,7 @@ def test_point_data_is_solved_exactly_at_every_level(solver: str, chain: str) ->
     states = list(sampler.iterate((2, 2), x=schedule.alpha[at] * point + schedule.sigma[at] * noise))
     for state, t in zip(states[:-1], sampler.table.timesteps[1:], strict=True):
         expected = schedule.alpha[t] * point + schedule.sigma[t] * noise
-        assert (state.x - expected).abs().max() <= 1e-12 * float(schedule.sigma.max().clamp(min=1))
+        assert (state.x - expected).abs().max() <= 1e-11 * float(schedule.sigma.max().clamp(min=1))
     assert (states[-1].x - point).abs().max() <= 1e-14
 
 
@@ -485,7 +486,7 @@ def scalar_estimate(prediction: str, levels: Levels, scales: list[float], clip: 
 
 
 def trace_difference(name: str, chain: str, config: tuple, dtype: torch.dtype = torch.float64) -> float:
-    """Largest difference of x and x0 after any row, relative to the largest value in the trajectory and at least 1."""
+    """Largest difference of x and x0 after any row, relative to the largest of 1, x, x0 and the terms of their sums."""
     spacing, prediction, steps, clip, scales = config
     solver, options, scalar = SCALAR[name]
     schedule = TRACED[chain]
@@ -508,12 +509,14 @@ def trace_difference(name: str, chain: str, config: tuple, dtype: torch.dtype = 
     worst, size = 0.0, 1.0
     for element in range(2):
         draws = [z[element] for z in noise]
-        expected = list(scalar(levels, scale * start[element], estimate, draws, **options))
-        for state, pair in zip(states, expected, strict=True):
+        x = scale * start[element]
+        expected = list(scalar(levels, x, estimate, draws, **options))
+        for row, state, pair in zip(sampler.table.rows, states, expected, strict=True):
             got = float(state.x[0, element]), float(state.x0[0, element])
             assert math.isfinite(got[0] + got[1])
             worst = max(worst, abs(got[0] - pair[0]), abs(got[1] - pair[1]))
-            size = max(size, abs(pair[0]), abs(pair[1]))
+            size = max(size, abs(pair[0]), abs(pair[1]), abs(row.a * x))
+            x = pair[0]
     return worst / size
 
 

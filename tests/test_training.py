@@ -33,14 +33,16 @@ def tiny(tmp_path):
     path.write_text(
         json.dumps(
             {
-                **{"type": "unet", "image_size": 8, "in_channels": 1, "model_channels": 8, "channel_mult": [1, 2]},
-                **{
-                    "num_res_blocks": 1,
-                    "attention_resolutions": [4],
-                    "norm_groups": 4,
-                    "num_classes": 3,
-                    "dropout": 0.2,
-                },
+                "type": "unet",
+                "image_size": 8,
+                "in_channels": 1,
+                "model_channels": 8,
+                "channel_mult": [1, 2],
+                "num_res_blocks": 1,
+                "attention_resolutions": [4],
+                "norm_groups": 4,
+                "num_classes": 3,
+                "dropout": 0.2,
             }
         )
     )

@@ -23,7 +23,7 @@ from fastdiff.training.data import Data, load
 from fastdiff.training.run import load_run
 from fastdiff.training.trainer import TrainConfig, Trainer
 
-TRAINING = TrainConfig(train_steps=500, save_every=500)
+TRAINING = TrainConfig(train_steps=400, save_every=400)
 SAMPLING = SampleConfig(count=1000, steps=50, guidance_scale=1.25)
 
 

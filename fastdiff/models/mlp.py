@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +18,7 @@ class MLP(nn.Module):
     Args:
         dim: of the points.
         width, depth: of the hidden layers; each is a residual block conditioned on the time embedding.
+        frequencies: how many sines and cosines of each coordinate the network sees beside it, 1, 2, 4 ... a unit.
         num_classes: class-conditional on ``y`` as in :class:`~fastdiff.models.UNet`.
         learned_variance: twice the outputs, the last half for the variance.
 
@@ -30,6 +32,7 @@ class MLP(nn.Module):
         *,
         width: int = 128,
         depth: int = 4,
+        frequencies: int = 6,
         num_classes: int | None = None,
         learned_variance: bool = False,
     ) -> None:
@@ -38,6 +41,7 @@ class MLP(nn.Module):
             "dim": dim,
             "width": width,
             "depth": depth,
+            "frequencies": frequencies,
             "num_classes": num_classes,
             "learned_variance": learned_variance,
         }
@@ -49,7 +53,8 @@ class MLP(nn.Module):
         self.dim = dim
         self.time = TimeEmbedding(width, width)
         self.label = LabelEmbedding(num_classes, width) if num_classes is not None else None
-        self.into = nn.Linear(dim, width)
+        self.frequencies = frequencies
+        self.into = nn.Linear(dim * (1 + 2 * frequencies), width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.out = zero_init(nn.Linear(width, dim * (2 if learned_variance else 1)))
 
@@ -63,11 +68,16 @@ class MLP(nn.Module):
         if self.label is not None:
             emb = emb + self.label(y)
         emb = F.silu(emb)
-        h = self.into(x)
+        h = self.into(self._features(x))
         for block in self.blocks:
             h = block(h, emb)
         out: Tensor = self.out(F.silu(h))
         return out
+
+    def _features(self, x: Tensor) -> Tensor:
+        """x, and sin and cos of 2^k x: a plain MLP would see only the coarse shape of the data."""
+        angles = [x * 2.0**k for k in range(self.frequencies)]
+        return torch.cat([x, *(a.sin() for a in angles), *(a.cos() for a in angles)], 1)
 
     def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
         """``cond`` with its label dropped."""

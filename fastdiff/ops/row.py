@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.errors import check, choose
+from fastdiff.errors import InputError, choose
 
 DEFAULTS = {
     "c_in": 1.0,
@@ -55,9 +55,8 @@ def make_table(rows: int, **letters: Tensor | float) -> Tensor:
     for letter, value in letters.items():
         choose("letter", letter, LETTERS)
         column = torch.as_tensor(value, dtype=torch.float64)
-        check(
-            letter == "clip" or bool(torch.isfinite(column).all()), f"coefficient {letter} must be finite, got {value}"
-        )
+        if letter != "clip" and not torch.isfinite(column).all():
+            raise InputError(f"coefficient {letter} must be finite, got {column.tolist()}")
         table[:, LETTERS.index(letter)] = column
     return table
 
@@ -114,6 +113,6 @@ def ddim(
     alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, eta: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a, b, s of the DDIM step (Song et al. 2021, eq. 12 and 16); eta = 1 is the DDPM posterior."""
-    s = eta * posterior(alpha, sigma, alpha_next, sigma_next)[2].sqrt()
-    a = (sigma_next**2 - s**2).clamp(min=0).sqrt() / sigma
-    return a, alpha_next - alpha * a, s
+    ratio = snr_ratio(alpha, sigma, alpha_next, sigma_next)
+    a = sigma_next / sigma * (1 - eta**2 * (1 - ratio)).sqrt()
+    return a, alpha_next - alpha * a, eta * sigma_next * (1 - ratio).sqrt()

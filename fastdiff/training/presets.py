@@ -16,7 +16,7 @@ TYPES: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
 PRESETS = ("auto", "mlp", "unet-small", "unet", "adm")
 #: training settings that suit a model, where they differ from TrainConfig's defaults; those of the papers for the large
 RECIPES: dict[str, dict[str, Any]] = {
-    "mlp": {"train_steps": 1500, "batch": 512},
+    "mlp": {"train_steps": 2500, "batch": 512, "learning_rate": 4e-3},
     "unet": {
         "train_steps": 800_000,
         "learning_rate": 2e-4,
