@@ -198,7 +198,7 @@ def test_training_leaves_the_global_generator_alone(tiny, tmp_path):
 
 
 def test_training_learns(tmp_path):
-    config = TrainConfig(train_steps=150, batch=64, warmup=10)
+    config = TrainConfig(train_steps=300, batch=64, warmup=10)
     corners = torch.tensor([[-1.0, -2.0], [1.0, 2.0]]).repeat(200, 1)
     trainer = Trainer(config, from_tensor("corners", corners), tmp_path)
     trainer.train()
