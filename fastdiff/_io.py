@@ -55,6 +55,14 @@ def replace(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def append(path: Path, content: bytes) -> None:
+    """Add to the end of a file and wait until it is on disk; a kill may leave an unfinished last line."""
+    with open(path, "ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def replace_json(path: Path, value: Any) -> None:
     replace(path, to_json(value))
 

@@ -103,6 +103,7 @@ class Diffusion:
 
     def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is given: ``c_in x_t`` and the time it understands, ``[N]``."""
+        self._check_t(t, x_t)
         times = self.schedule.c_noise[t.cpu()].to(x_t.device)
         return _spread(self.schedule.c_in[t.cpu()], x_t) * x_t, times.to(
             x_t.dtype
@@ -147,7 +148,7 @@ class Diffusion:
         """
         choose("loss", kind, LOSSES)
         check_floating("x0", x0)
-        check(bool(torch.isfinite(x0).all()), "x0 holds NaN or infinite values")
+        check(len(x0) > 0 and bool(torch.isfinite(x0).all()), "x0 is empty or holds NaN or infinite values")
         if t is None:
             t = self.draw_timesteps(len(x0), seed=seed, step=step, sample=sample)
         alpha, sigma = self._levels(t, x0)
@@ -199,7 +200,7 @@ class Diffusion:
         *,
         decoder: str = "discrete",
         clip: float | None = None,
-        seed: int = 0,
+        seed: noises.Seed = 0,
         sample: Sequence[int] | Tensor | None = None,
         batch: int = 256,
         **cond: Any,
@@ -223,7 +224,7 @@ class Diffusion:
         check_clip(clip)
         check(batch >= 1, f"batch must be at least 1, got {batch}")
         n, total = len(x0), len(self.schedule)
-        _, ids = noises.sample_ids(n, seed, sample)
+        seeds, ids = noises.sample_ids(n, seed, sample)
         terms = torch.empty(n * total, dtype=torch.float64)
         for pairs in torch.arange(n * total).split(batch):
             who, t = pairs // total, pairs % total
@@ -231,7 +232,7 @@ class Diffusion:
             data, some = x0[here], {k: v[here] if _per_sample(v, n) else v for k, v in cond.items()}
             stream = noises.Stream.LIKELIHOOD
             noise = noises.normal(
-                data.shape, seed=seed, step=t, sample=ids[who], stream=stream, device=x0.device, dtype=x0.dtype
+                data.shape, seed=seeds[who], step=t, sample=ids[who], stream=stream, device=x0.device, dtype=x0.dtype
             )
             x_t = self.add_noise(data, noise, t)
             out = self._evaluate(model, x_t, t, some)
@@ -319,7 +320,8 @@ class Diffusion:
         """The prediction, and f in [0, 1] of the learned variance where there is one."""
         if self.variance != "learned_range":
             return out, None
-        return out[:, :channels], (1 + out[:, channels:]) / 2
+        wide = torch.promote_types(out.dtype, torch.float32)
+        return out[:, :channels], (1 + out[:, channels:].to(wide)) / 2
 
 
 def network_output(result: Any) -> Tensor:

@@ -39,6 +39,7 @@ class ClassifierFree:
             if null is None:
                 raise InputError("this model does not know its null condition: pass uncond={name: value}")
             return dict(null(self.cond))
+        check(isinstance(self._uncond, dict), f"uncond must be {{name: value}}, got {type(self._uncond).__name__}")
         missing = self.cond.keys() ^ self._uncond.keys()
         check(not missing, f"uncond must name what the condition names, not so: {', '.join(sorted(missing))}")
         return {name: _like(value, self.cond[name]) for name, value in self._uncond.items()}
@@ -59,8 +60,7 @@ def _like(value: Any, cond: Any) -> Any:
     """A null value given once, spread over the batch of the condition it stands for."""
     if not isinstance(cond, Tensor):
         return value
-    null = torch.as_tensor(value, dtype=cond.dtype, device=cond.device)
     try:
-        return null.expand_as(cond)
-    except RuntimeError:
-        raise InputError(f"uncond must broadcast to its condition {list(cond.shape)}, got {list(null.shape)}") from None
+        return torch.as_tensor(value, dtype=cond.dtype, device=cond.device).expand_as(cond)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"uncond must broadcast to its condition {list(cond.shape)}: {error}") from None

@@ -146,6 +146,7 @@ def _words(
     device: torch.device | str | None,
 ) -> Tensor:
     """Philox words ``[count, quads, 4]``, on ``device``."""
+    device = "cpu" if device is None else device
     seeds, ids = (values.to(device) for values in sample_ids(count, seed, sample))
     steps = _word("step", step).to(device)
     check(

@@ -68,6 +68,7 @@ class Sampler:
         **options: Any,
     ) -> None:
         check(callable(model), f"model must be callable, got {type(model).__name__}")
+        check(isinstance(diffusion, Diffusion), f"diffusion must be a Diffusion, got {type(diffusion).__name__}")
         check(dtype in (torch.float32, torch.float64), f"dtype must be float32 or float64, got {dtype}")
         self.model, self.diffusion, self.dtype = model, diffusion, dtype
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
@@ -95,8 +96,10 @@ class Sampler:
     ) -> Tensor:
         """Draw samples of ``shape`` ``[N, C, ...]``; returns them in the sampler's dtype.
 
+        Their noise does not depend on the batch, bit for bit; the network's own rounding may.
+
         Args:
-            seed: one for the batch, or one per sample; sample k of a seed is the same in any batch or split.
+            seed: one for the batch, or one per sample; the noise of sample k of a seed is the same in any batch.
             sample: ids of the samples, default 0 ... N-1: to draw samples 64 ... 127 of a seed, pass those ids.
             x: the noise to start from instead of the seed's, shape ``shape``.
             uncond: the null condition, by the names of ``cond``; may be left out for models that know theirs.
@@ -104,6 +107,7 @@ class Sampler:
             progress: show a progress bar on standard error.
             cond: what the model is given besides x and t, one row per sample.
         """
+        check(callback is None or callable(callback), f"callback must be callable, got {type(callback).__name__}")
         state = None
         rows = self.iterate(shape, seed=seed, sample=sample, x=x, uncond=uncond, **cond)
         for state in show(rows, len(self.table), "sampling", enabled=progress):
@@ -145,7 +149,15 @@ class Sampler:
             self.diffusion.check_output(out, x)
             noise_seed = seed if rows.s[i] != 0 else None
             x, x0, history, anchor = ops.affine_step(
-                *(x, out, self._table, i), uncond=uncond, history=history, anchor=anchor, seed=noise_seed, sample=sample
+                x,
+                out,
+                self._table,
+                i,
+                uncond=uncond,
+                history=history,
+                anchor=anchor,
+                seed=noise_seed,
+                sample=sample,
             )
             yield State(i, int(self.table.timesteps[i]), x, x0)
 
@@ -170,5 +182,9 @@ class Sampler:
 
     def _check_conditions(self, n: int, cond: dict[str, Any]) -> None:
         for name, value in cond.items():
-            if isinstance(value, Tensor) and value.ndim and len(value) != n:
+            if not isinstance(value, Tensor):
+                continue
+            if value.ndim and len(value) != n:
                 raise InputError(f"condition {name} must hold one row per sample ({n}), got {list(value.shape)}")
+            here = value.device.type == self.device.type
+            check(here, f"condition {name} must be on {self.device}, got {value.device}")

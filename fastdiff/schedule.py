@@ -45,6 +45,12 @@ class Schedule:
     c_noise: Tensor
     config: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        finite = all(bool(torch.isfinite(table).all()) for table in (self.alpha, self.sigma, self.c_in, self.c_noise))
+        ordered = bool((self.alpha >= 0).all() and (self.sigma > 0).all() and (self.sigma.diff() >= 0).all())
+        settings = {key: value for key, value in self.config.items() if key != "betas"}
+        check(finite and ordered, f"these settings give no schedule (finite, sigma positive and rising): {settings}")
+
     def __len__(self) -> int:
         return len(self.alpha)
 

@@ -100,6 +100,8 @@ def build_table(
     grid = Grid.of(schedule, timesteps)
     if solver == "ddpm":
         options = {"variance": diffusion.variance, **options}
+        learned = options["variance"] == "learned_range"
+        check(not learned or diffusion.variance == "learned_range", "this diffusion has no learned_range variance")
     try:
         letters = SOLVERS[solver](grid, **options)
     except TypeError as error:

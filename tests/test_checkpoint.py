@@ -248,3 +248,24 @@ def test_nothing_in_the_package_unpickles():
                 with open(os.path.join(folder, file), encoding="utf-8") as source:
                     text = source.read().replace(".eval()", "").replace("safetensors.torch.load(", "")
                 assert not [word for word in banned if word in text], file
+
+
+def test_rotation_never_removes_what_was_just_saved(run):
+    for step in (1, 2, 3):
+        save(run, step, keep=3)
+    for path in checkpoint.steps(run)[:2]:
+        (path / "manifest.json").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="step-00000001 instead"):
+        assert checkpoint.load(run).step == 1
+    save(run, 2, keep=2)
+    assert [p.name for p in checkpoint.steps(run)] == ["step-00000002", "step-00000001"]
+    assert_whole(checkpoint.load(run), 2)
+
+
+def test_a_directory_of_ones_own_is_left_alone(run):
+    own = run / "checkpoints" / "step-best"
+    own.mkdir(parents=True)
+    for step in (1, 2, 3):
+        save(run, step, keep=1)
+    assert own.exists()
+    assert_whole(checkpoint.load(run), 3)

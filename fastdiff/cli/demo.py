@@ -13,9 +13,9 @@ import torch
 import typer
 from torch import Tensor
 
-from fastdiff import _io
+from fastdiff import _io, ops
 from fastdiff.cli import figures
-from fastdiff.cli.options import BackendName, DeviceName, choose_backend, choose_device
+from fastdiff.cli.options import BackendName, DeviceName, choose_device
 from fastdiff.cli.sample import SampleConfig, draw, write_samples
 from fastdiff.errors import check
 from fastdiff.training import checkpoint
@@ -29,19 +29,19 @@ SAMPLING = SampleConfig(count=1000, steps=50, guidance_scale=1.25)
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="directory for everything that is written")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="two runs with one seed give the same images")] = 0,
+    seed: Annotated[int, typer.Option(help="two runs with one seed give the same images on one machine")] = 0,
     device: DeviceName = "auto",
     backend: BackendName = "auto",
 ) -> None:
     """Train a class-conditional U-Net on digits, sample it with guidance, judge the samples, leave pictures."""
     figures.require_matplotlib()
     data, place = load("digits"), choose_device(device)
-    _make_way(out)
-    with choose_backend(backend):
-        trainer = Trainer(replace(TRAINING, seed=seed), data, out, device=place)
+    training, sampling = replace(TRAINING, seed=seed), replace(SAMPLING, seed=seed)
+    with ops.backend(backend):
+        _make_way(out)
+        trainer = Trainer(training, data, out, device=place)
         train_seconds = _timed(trainer.train)[0]
         run = load_run(out, device=place)
-        sampling = replace(SAMPLING, seed=seed)
         sample_seconds, drawn = _timed(lambda: draw(run, sampling, frames=26))
     assert drawn.labels is not None
     write_samples(out, drawn.samples, drawn.labels)

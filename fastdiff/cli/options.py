@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -13,7 +12,6 @@ from typing import Annotated, Any, get_type_hints
 import torch
 import typer
 
-from fastdiff import ops
 from fastdiff.errors import InputError, check
 
 DATA_HELP = "digits, swiss-roll, moons-circles, parabola, mnist, fashion-mnist, emnist, cifar10 or folder:PATH"
@@ -41,11 +39,6 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     check(device.type != "meta", "--device meta holds no values: choose cpu or cuda")
     return device
-
-
-def choose_backend(name: str) -> AbstractContextManager[None]:
-    """The backend of the ops, for a ``with`` block."""
-    return ops.backend(name)
 
 
 def with_fields(config_type: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

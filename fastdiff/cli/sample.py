@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import _io, noise
+from fastdiff import _io, noise, ops
 from fastdiff._progress import progress
 from fastdiff.cli import figures
 from fastdiff.cli.options import (
@@ -21,7 +22,6 @@ from fastdiff.cli.options import (
     CheckpointPath,
     DeviceName,
     OutDir,
-    choose_backend,
     choose_device,
     with_fields,
 )
@@ -29,12 +29,13 @@ from fastdiff.errors import InputError, check, choose
 from fastdiff.sampler import Sampler, State
 from fastdiff.schedule import SPACINGS
 from fastdiff.solvers import SOLVERS
+from fastdiff.training.checkpoint import FOLDER
 from fastdiff.training.data import points
 from fastdiff.training.run import Run, load_run
 from fastdiff.training.trainer import PRECISIONS, option
 
 #: defaults for points, which are small and come in clouds
-POINTS = {"count": 5000, "batch": 5000, "steps": 100}
+POINTS = {"count": 5000, "batch": 5000, "steps": 100, "solver": "dpmpp_2m"}
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class SampleConfig:
 
     count: int = option(100, "how many samples; of points 5000")
     labels: str = option("", "class labels, for instance 3 or 0,1,2, repeated in turn; default: all classes in turn")
-    solver: str = option("ddim", f"{', '.join(SOLVERS)}")
+    solver: str = option("ddim", f"{', '.join(SOLVERS)}; for points dpmpp_2m")
     steps: int = option(50, "sampling steps; for points 100")
     spacing: str = option("trailing", f"of the timesteps: {', '.join(SPACINGS)}")
     guidance_scale: float = option(1.0, "classifier-free guidance: 1 is the conditional model alone")
-    seed: int = option(0, "sample k of a seed is the same in any batch")
+    seed: int = option(0, "sample k of a seed starts from the same noise in any batch")
     batch: int = option(250, "samples that go through the network at once")
     precision: str = option("fp32", "of the network: fp32, bf16")
 
@@ -83,9 +84,11 @@ def sample(
     """Sample from a trained run: samples.npz and a picture, by default into the run's samples/."""
     run = load_run(checkpoint, device=choose_device(device))
     config = SampleConfig(**({**POINTS, **given} if run.data.is_points else given))
-    place = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "samples"
+    place = out or _run_directory(checkpoint) / "samples"
+    if run.data.is_points:
+        figures.require_matplotlib()
     began = time.perf_counter()
-    with choose_backend(backend):
+    with ops.backend(backend):
         drawn = draw(run, config)
     seconds = time.perf_counter() - began
     write_samples(place, drawn.samples, drawn.labels)
@@ -98,6 +101,12 @@ def sample(
         place / "samples.json", {"seconds": seconds, "samples_per_second": config.count / seconds, "settings": settings}
     )
     print(f"{config.count} samples in {seconds:.1f} s: {place}")
+
+
+def _run_directory(path: Path) -> Path:
+    """The run that a checkpoint, or a file in one, belongs to."""
+    path = path if path.is_dir() else path.parent
+    return path.parent.parent if path.parent.name == FOLDER else path
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,12 @@ def draw(run: Run, config: SampleConfig, *, frames: int = 6) -> Drawn:
     """Draw ``config.count`` samples from a run, in batches, and keep about ``frames`` states of the first."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     sampler = Sampler(
-        *(run.model.to(dtype), run.diffusion, config.solver, config.steps, config.spacing, config.guidance_scale),
+        run.model if dtype == torch.float32 else copy.deepcopy(run.model).to(dtype),
+        run.diffusion,
+        solver=config.solver,
+        steps=config.steps,
+        spacing=config.spacing,
+        guidance_scale=config.guidance_scale,
         clip=None if run.data.is_points else 1.0,
     )
     labels = config.label_tensor(len(run.data.classes))

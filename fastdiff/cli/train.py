@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastdiff import ops
 from fastdiff.cli import figures
 from fastdiff.cli.options import (
     BackendName,
@@ -15,7 +16,6 @@ from fastdiff.cli.options import (
     DeviceName,
     ImageSize,
     OutDir,
-    choose_backend,
     choose_device,
     with_fields,
 )
@@ -36,7 +36,7 @@ def train(
     """Train a model into a run directory, by default runs/DATA."""
     run = out or Path("runs") / data.replace(":", "-").replace("/", "-")
     place = choose_device(device)
-    with choose_backend(backend):
+    with ops.backend(backend):
         samples = load(data, image_size=image_size)
         trainer = Trainer(TrainConfig.by_model(samples, **given), samples, run, device=place, resume=resume)
         began = time.perf_counter()

@@ -49,6 +49,7 @@ class MLP(nn.Module):
             dim >= 1 and width >= 2 and depth >= 1,
             f"dim, width and depth must be positive, got {dim}, {width}, {depth}",
         )
+        check(frequencies >= 0, f"frequencies must not be negative, got {frequencies}")
         check((num_classes or 0) >= 0, f"num_classes must not be negative, got {num_classes}")
         self.dim = dim
         self.time = TimeEmbedding(width, width)

@@ -213,6 +213,9 @@ def _check_config(config: dict[str, Any]) -> None:
         check(config[name] >= 1, f"{name} must be at least 1, got {config[name]}")
     for name in ("num_classes", "condition_channels"):
         check((config[name] or 0) >= 0, f"{name} must not be negative, got {config[name]}")
+    check(config["model_channels"] >= 2, "model_channels must be at least 2: the time embedding is sines and cosines")
+    out = config["out_channels"]
+    check(out is None or out >= 1, f"out_channels must be at least 1 or None, got {out}")
     check(0 <= config["dropout"] < 1, f"dropout must lie in [0, 1), got {config['dropout']}")
     mult, size = config["channel_mult"], config["image_size"]
     check(len(mult) > 0 and min(mult) >= 1, f"channel_mult must name at least one level, each at least 1, got {mult}")

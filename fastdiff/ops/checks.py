@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,10 @@ def check_state(name: str, x: object) -> None:
     check(x.dtype in (torch.float32, torch.float64), f"{name} must be float32 or float64, got {x.dtype}")
 
 
-def check_same(name: str, y: Tensor, x: Tensor) -> None:
+def check_same(name: str, y: object, x: Tensor) -> None:
     """``y`` has the shape and the device of ``x``."""
+    if not isinstance(y, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(y).__name__}")
     check(y.shape == x.shape, f"{name} must have shape {list(x.shape)}, got {list(y.shape)}")
     check(y.device == x.device, f"{name} must be on {x.device}, got {y.device}")
 
@@ -37,7 +41,8 @@ def check_per_sample(name: str, value: object, x: Tensor) -> None:
 
 def check_clip(clip: float | None) -> float:
     """The bound of the estimate of x0, infinite for None."""
-    check(clip is None or clip > 0, f"clip must be positive or None, got {clip}")
+    valid = clip is None or (isinstance(clip, Real) and clip > 0)
+    check(valid, f"clip must be positive or None, got {clip}")
     return torch.inf if clip is None else clip
 
 

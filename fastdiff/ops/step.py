@@ -150,6 +150,7 @@ def posterior_step(
     """
     check_state("x", x)
     check(noise is not None or seed is not None, "the posterior step adds noise: give noise or seed")
+    check_floating("out", out)
     learned = variance == "learned_range"
     check(not learned or out.shape[1] == 2 * x.shape[1], f"out must have {2 * x.shape[1]} channels with learned_range")
     levels = _levels(x, alpha, sigma, alpha_next, sigma_next)

@@ -70,7 +70,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], values: di
     contents = {f"{name}.safetensors": safetensors.torch.save(_contiguous(named)) for name, named in tensors.items()}
     contents |= {f"{name}.json": _io.to_json(value) for name, value in values.items()}
     _commit(target, contents, {"format": FORMAT, "step": step, "files": {k: _digest(v) for k, v in contents.items()}})
-    _rotate(root, keep)
+    _rotate(target, keep)
     return target
 
 
@@ -97,7 +97,7 @@ def load(path: Path | str) -> Checkpoint:
 
 def steps(run: Path) -> list[Path]:
     """The checkpoint directories of a run by name, newest first; whether they are whole is for :func:`load` to say."""
-    return sorted((run / FOLDER).glob("step-*"), reverse=True)
+    return sorted((run / FOLDER).glob("step-" + 8 * "[0-9]"), reverse=True)
 
 
 def _newest(run: Path) -> Checkpoint:
@@ -160,11 +160,14 @@ def _commit(target: Path, contents: dict[str, bytes], manifest: dict[str, Any]) 
         raise
 
 
-def _rotate(root: Path, keep: int) -> None:
-    """Remove old checkpoints and what a killed process left unfinished."""
-    for old in sorted(root.glob("step-*"), reverse=True)[keep:]:
-        _discard(old)
-    for litter in root.glob(".unfinished-*"):
+def _rotate(newest: Path, keep: int) -> None:
+    """Remove old checkpoints, later ones (found damaged when the run was resumed), and what a kill left unfinished."""
+    others = [path for path in steps(newest.parent.parent) if path != newest]
+    kept = [path for path in others if path.name < newest.name][: keep - 1]
+    for path in others:
+        if path not in kept:
+            _discard(path)
+    for litter in newest.parent.glob(".unfinished-*"):
         _io.remove_tree(litter)
 
 

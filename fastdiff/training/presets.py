@@ -81,7 +81,9 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     choose("model type", kind, TYPES)
     try:
         return TYPES[str(kind)](**arguments)
-    except TypeError as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"model {kind}: {error}") from None
 
 

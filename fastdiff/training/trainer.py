@@ -73,11 +73,17 @@ class TrainConfig:
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "clip_grad"):
             value = getattr(self, name)
-            check(value > 0 and math.isfinite(value), f"{name} must be positive, got {value}")
+            check(value > 0 and math.isfinite(value), f"{name} must be positive and finite, got {value}")
+        for name in ("weight_decay", "warmup"):
+            value = getattr(self, name)
+            check(value >= 0 and math.isfinite(value), f"{name} must be at least 0, got {value}")
+        check(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         check(0 <= self.label_dropout < 1, f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         noise.check_seed(self.seed)
         trained = self.variance != "learned_range" or self.loss in ("hybrid", "vlb")
         check(trained, f"loss {self.loss} does not train a learned variance: use hybrid or vlb")
+        silent = self.prediction == "epsilon" and self.diffusion().schedule.zero_terminal_snr
+        check(not silent, "an epsilon prediction says nothing at zero terminal SNR: use v_prediction or sample")
 
     @classmethod
     def by_model(cls, data: Description, **given: Any) -> TrainConfig:
@@ -138,9 +144,13 @@ class Trainer:
         if resume:
             self._resume()
         else:
-            used = (run / "config.json").exists() or checkpoint.steps(run)
-            check(not used, f"{run} already holds a run: continue it with --resume or choose another --out")
+            check(
+                not checkpoint.steps(run),
+                f"{run} already holds a run: continue it with --resume or choose another --out",
+            )
+            self._try_model()
             _io.replace_json(run / "config.json", self.description)
+            _io.replace(run / "log.jsonl", b"")
 
     def train(self) -> None:
         """Train to the end, with checkpoints on the way.
@@ -163,9 +173,9 @@ class Trainer:
         """One optimiser step; returns the loss, a scalar on the device."""
         config = self.config
         x, y = self.data.batch(self._order.batch(step, config.batch))
-        cond: dict[str, Any] = {} if y is None else self._drop_labels({"y": y.to(self.device)}, step)
+        cond: dict[str, Any] = self._drop_labels(self._condition(y), step)
         decoder = "gaussian" if self.data.is_points else "discrete"
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(_torch_seed(config.seed, step, noise.Stream.NETWORK))
             loss = self.diffusion.loss(
                 *(self._network, x.to(self.device)),
@@ -195,12 +205,25 @@ class Trainer:
         tensors = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": state}
         return checkpoint.save(self.run, self.step, tensors, {"config": self.description})
 
+    @torch.no_grad()
+    def _try_model(self) -> None:
+        """Evaluate the loss of one sample, so that a model that does not fit ends before anything is written."""
+        x, y = self.data.batch(torch.zeros(1, dtype=torch.int64))
+        self.model.eval()
+        self.diffusion.loss(self._network, x.to(self.device), torch.zeros(1, dtype=torch.int64), **self._condition(y))
+
+    def _condition(self, y: Tensor | None) -> dict[str, Any]:
+        """What the model is given beside x and t: labels, if there are any and it takes them."""
+        return {} if y is None or getattr(self.model, "label", None) is None else {"y": y.to(self.device)}
+
     def _network(self, x: Tensor, t: Tensor, **cond: Tensor) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return self.model(x, t, **cond)
 
     def _drop_labels(self, cond: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Replace the share ``label_dropout`` of the conditions by their null (Ho & Salimans 2022, algorithm 1)."""
+        if not cond:
+            return cond
         n = len(cond["y"])
         words = noise.uniform_words(n, seed=self.config.seed, step=step, stream=noise.Stream.DROPOUT)
         dropped = (words < self.config.label_dropout * 2**32).to(self.device)
@@ -215,8 +238,7 @@ class Trainer:
                 kept = checkpoint.steps(self.run)
                 last = f"the last checkpoint is {kept[0]}" if kept else "no checkpoint was written"
                 raise InputError(f"the loss is {row['loss']} at training step {row['step']}: training stopped, {last}")
-        with open(self.run / "log.jsonl", "a", encoding="utf-8") as log:
-            log.writelines(json.dumps(row) + "\n" for row in rows)
+        _io.append(self.run / "log.jsonl", _log_lines(rows))
         self._losses.clear()
 
     def _resume(self) -> None:
@@ -235,7 +257,7 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = saved.step
         rows = [row for row in _read_log(self.run / "log.jsonl") if row["step"] < saved.step]
-        _io.replace(self.run / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        _io.replace(self.run / "log.jsonl", _log_lines(rows))
 
 
 def load_weights(model: nn.Module, saved: checkpoint.Checkpoint, name: str) -> None:
@@ -292,8 +314,15 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _log_lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 def _read_log(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
