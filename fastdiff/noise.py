@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdiff.backends import body
 from fastdiff.errors import InputError, check
 
 Seed = int | Sequence[int] | Tensor
@@ -34,6 +36,15 @@ class Stream(IntEnum):
     LIKELIHOOD = 5  #: forward noising in bits_per_dim; step = timestep
     ORDER = 6  #: the order of the training data; step = epoch
     NETWORK = 7  #: dropout inside the network; step = training step
+
+
+class Address(NamedTuple):
+    """Where the noise of a batch of N samples is found; tensors are int64 ``[N]`` (or hold one value) on its device."""
+
+    seed: int | Tensor
+    step: int | Tensor
+    sample: Tensor | None  #: ids; None for 0 ... N-1, or all 0 when each sample has its own seed
+    stream: int
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
@@ -79,7 +90,8 @@ def normal(
         stream: what the noise is for, see :class:`Stream`.
 
     Returns:
-        ``[N, ...]`` computed in float64 and rounded to ``dtype``; |z| <= 5.89.
+        ``[N, ...]``; |z| <= 5.89. The reference computes in float64 and rounds to ``dtype``; the fused backends
+        compute in float32, all of them the same bits, within 2 units in the last place of the reference.
     """
     shape = tuple(shape)
     check(
@@ -87,10 +99,18 @@ def normal(
         f"shape must be [N, ...] without negative sizes, got {list(shape)}",
     )
     check(dtype.is_floating_point, f"dtype must be a floating-point type, got {dtype}")
-    quads = -(-math.prod(shape[1:]) // 4)
-    words = _words(shape[0], quads, seed, step, sample, stream, device)
-    z = box_muller(words).reshape(shape[0], 4 * quads)[:, : math.prod(shape[1:])]
-    return z.to(dtype).reshape(shape)
+    result = torch.empty(shape, dtype=dtype, device=device)
+    place = address(shape[0], result.device, seed=seed, step=step, sample=sample, stream=stream)
+    body("normal", result.device, dtype)(result, place)
+    return result
+
+
+def draw(shape: Sequence[int], place: Address, device: torch.device) -> Tensor:
+    """The normals of an address in float64: the reference form."""
+    elements = math.prod(shape[1:])
+    quads = -(-elements // 4)
+    z = box_muller(_words(shape[0], quads, place, device)).reshape(shape[0], 4 * quads)[:, :elements]
+    return z.reshape(shape)
 
 
 def uniform_words(
@@ -103,7 +123,9 @@ def uniform_words(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """One uniform 32-bit word per sample, int64 ``[count]``: word 0 of quad 0, addressed as in :func:`normal`."""
-    return _words(count, 1, seed, step, sample, stream, device)[:, 0, 0]
+    device = torch.device("cpu" if device is None else device)
+    place = address(count, device, seed=seed, step=step, sample=sample, stream=stream)
+    return _words(count, 1, place, device)[:, 0, 0]
 
 
 def box_muller(words: Tensor) -> Tensor:
@@ -121,43 +143,66 @@ def check_seed(seed: Seed) -> None:
     _whole_numbers("seed", seed)
 
 
+def address(
+    count: int,
+    device: torch.device,
+    *,
+    seed: Seed,
+    step: int | Tensor = 0,
+    sample: Sequence[int] | Tensor | None = None,
+    stream: int = Stream.STEP,
+) -> Address:
+    """Check the address of a batch of ``count`` samples and bring it to a device.
+
+    Raises:
+        InputError: what is no whole number or out of range, or not one or one per sample.
+    """
+    seeds = _as_int64(seed) if type(seed) is int else _per_sample("seed", _whole_numbers("seed", seed), count, device)
+    steps: int | Tensor = step
+    if type(step) is not int or not 0 <= step <= MASK:
+        steps = _per_sample("step", _word("step", step), count, device)
+    ids = None if sample is None else _word("sample", sample).to(device)
+    if ids is not None and ids.shape != (count,):
+        raise InputError(f"sample must hold one id per sample ({count}), got {list(ids.shape)}")
+    return Address(seeds, steps, ids, int(stream))
+
+
 def sample_ids(count: int, seed: Seed, sample: Sequence[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The (seed, sample id) pairs of a batch of ``count``: two int64 tensors ``[count]``."""
-    seeds = _whole_numbers("seed", seed)
-    check(
-        seeds.ndim == 0 or seeds.shape == (count,),
-        f"seed must be one or one per sample ({count}), got {list(seeds.shape)}",
-    )
-    if sample is None:
-        ids = torch.arange(count) if seeds.ndim == 0 else torch.zeros(count, dtype=torch.int64)
-    else:
-        ids = _word("sample", sample)
-        check(ids.shape == (count,), f"sample must hold one id per sample ({count}), got {list(ids.shape)}")
-    return seeds.expand(count), ids
+    place = address(count, torch.device("cpu"), seed=seed, sample=sample)
+    return torch.as_tensor(place.seed).expand(count), _ids(place, count, torch.device("cpu"))
 
 
-def _words(
-    count: int,
-    quads: int,
-    seed: Seed,
-    step: int | Tensor,
-    sample: Sequence[int] | Tensor | None,
-    stream: int,
-    device: torch.device | str | None,
-) -> Tensor:
+def _ids(place: Address, count: int, device: torch.device) -> Tensor:
+    if place.sample is not None:
+        return place.sample
+    each = isinstance(place.seed, Tensor) and place.seed.ndim > 0
+    return torch.zeros(count, dtype=torch.int64, device=device) if each else torch.arange(count, device=device)
+
+
+def _words(count: int, quads: int, place: Address, device: torch.device) -> Tensor:
     """Philox words ``[count, quads, 4]``, on ``device``."""
-    device = "cpu" if device is None else device
-    seeds, ids = (values.to(device) for values in sample_ids(count, seed, sample))
-    steps = _word("step", step).to(device)
-    check(
-        steps.ndim == 0 or steps.shape == (count,),
-        f"step must be one or one per sample ({count}), got {list(steps.shape)}",
-    )
-    quad = torch.arange(quads, device=seeds.device)
-    per_sample = (value[..., None].expand(count, quads) for value in (steps, ids, torch.full_like(ids, int(stream))))
+    seeds, steps = (torch.as_tensor(value, device=device).expand(count) for value in (place.seed, place.step))
+    ids = _ids(place, count, device)
+    quad = torch.arange(quads, device=device)
+    per_sample = (value[:, None].expand(count, quads) for value in (steps, ids, torch.full_like(ids, place.stream)))
     counter = torch.stack((quad.expand(count, quads), *per_sample), -1)
     key = torch.stack((seeds & MASK, seeds >> 32 & MASK), -1)[:, None]
     return philox4x32(counter, key)
+
+
+def _as_int64(seed: int) -> int:
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed must hold 64-bit whole numbers, got {seed}")
+    return seed
+
+
+def _per_sample(name: str, values: Tensor, count: int, device: torch.device) -> Tensor:
+    check(
+        values.ndim == 0 or values.shape == (count,),
+        f"{name} must be one or one per sample ({count}), got {list(values.shape)}",
+    )
+    return values.to(device)
 
 
 def _word(name: str, value: object) -> Tensor:

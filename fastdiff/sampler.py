@@ -141,25 +141,32 @@ class Sampler:
         self, x: Tensor, guidance: ClassifierFree, seed: noises.Seed, sample: Sequence[int] | Tensor | None
     ) -> Iterator[State]:
         rows = self.table.rows
-        history = tuple(torch.zeros_like(x) for _ in range(self.table.history))
-        anchor = torch.zeros_like(x) if self.table.anchored else None
+        step = ops.Step(
+            x,
+            history=tuple(torch.zeros_like(x) for _ in range(self.table.history)),
+            anchor=torch.zeros_like(x) if self.table.anchored else None,
+            input=(x * self._table[0, LETTERS.index("c_in")]).to(self._input_dtype),
+        )
+        # The network is given the state itself, unless it is scaled or the network has another precision.
+        input_dtype = None if self._input_dtype == self.dtype and (rows.c_in == 1).all() else self._input_dtype
         for i in range(len(rows)):
-            x_in = x if rows.c_in[i] == 1 else x * self._table[i, LETTERS.index("c_in")]
-            out, uncond = guidance.outputs(x_in.to(self._input_dtype), self._times[i].expand(len(x)), rows.w[i] != 1)
+            x_in = step.x if step.input is None else step.input
+            out, uncond = guidance.outputs(x_in, self._times[i].expand(len(x)), rows.w[i] != 1)
             self.diffusion.check_output(out, x)
-            noise_seed = seed if rows.s[i] != 0 else None
-            x, x0, history, anchor = ops.affine_step(
-                x,
+            step = ops.affine_step(
+                step.x,
                 out,
                 self._table,
                 i,
                 uncond=uncond,
-                history=history,
-                anchor=anchor,
-                seed=noise_seed,
+                history=step.history,
+                anchor=step.anchor,
+                seed=seed if rows.s[i] != 0 else None,
                 sample=sample,
+                input_dtype=input_dtype,
             )
-            yield State(i, int(self.table.timesteps[i]), x, x0)
+            assert step.x0 is not None
+            yield State(i, int(self.table.timesteps[i]), step.x, step.x0)
 
     def _start(
         self, shape: tuple[int, ...], seed: noises.Seed, sample: Sequence[int] | Tensor | None, x: Tensor | None

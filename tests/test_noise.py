@@ -124,8 +124,9 @@ def test_uniform_words_are_the_first_words_bit_for_bit(address):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_normals_are_the_float64_ones_rounded_once(dtype):
-    wide = normal((4, 33), seed=3, dtype=torch.float64)
-    assert torch.equal(normal((4, 33), seed=3, dtype=dtype), wide.to(dtype))
+    with fd.backend("reference"):
+        wide = normal((4, 33), seed=3, dtype=torch.float64)
+        assert torch.equal(normal((4, 33), seed=3, dtype=dtype), wide.to(dtype))
 
 
 def test_the_extreme_words_give_finite_normals():

@@ -13,7 +13,7 @@ from fastdiff.noise import Stream, normal
 from fastdiff.ops.row import LETTERS, make_table
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "native")
 SHAPES = [(0, 3, 4, 4), (1, 1), (5, 3), (2, 3, 1, 1), (3, 2, 5), (2, 2, 3, 2, 3), (2, 3, 7, 5), (1, 4, 16, 16)]
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
 TINY = {F16: 2.0**-25, BF16: 2.0**-133, F32: 2.0**-149, F64: 0.0}

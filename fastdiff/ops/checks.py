@@ -1,7 +1,11 @@
-"""What every op asks of its arguments; each failure is one :class:`InputError` that names the argument."""
+"""What every op asks of its arguments; each failure is one :class:`InputError` that names the argument.
+
+Messages are made only when something is wrong: a step on a small tensor takes microseconds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Real
 
 import torch
@@ -9,34 +13,60 @@ from torch import Tensor
 
 from fastdiff.errors import InputError, check
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def check_floating(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
-    check(x.is_floating_point(), f"{name} must be a floating-point tensor, got {x.dtype}")
-    check(x.ndim >= 2, f"{name} must be [N, C, ...], got {list(x.shape)}")
-    check(not x.is_meta, f"{name} is a meta tensor and holds no values")
+    if x.dtype not in FLOATS:
+        raise InputError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if x.ndim < 2:
+        raise InputError(f"{name} must be [N, C, ...], got {list(x.shape)}")
+    if x.layout is not torch.strided:
+        raise InputError(f"{name} must be a dense tensor, got {x.layout}")
+    if x.is_meta:
+        raise InputError(f"{name} is a meta tensor and holds no values")
 
 
 def check_state(name: str, x: object) -> None:
     check_floating(name, x)
     assert isinstance(x, Tensor)
-    check(x.dtype in (torch.float32, torch.float64), f"{name} must be float32 or float64, got {x.dtype}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"{name} must be float32 or float64, got {x.dtype}")
 
 
 def check_same(name: str, y: object, x: Tensor) -> None:
-    """``y`` has the shape and the device of ``x``."""
-    if not isinstance(y, Tensor):
-        raise InputError(f"{name} must be a tensor, got {type(y).__name__}")
-    check(y.shape == x.shape, f"{name} must have shape {list(x.shape)}, got {list(y.shape)}")
-    check(y.device == x.device, f"{name} must be on {x.device}, got {y.device}")
+    """``y`` is a floating-point tensor with the shape and the device of ``x``."""
+    check_floating(name, y)
+    assert isinstance(y, Tensor)
+    if y.shape != x.shape:
+        raise InputError(f"{name} must have shape {list(x.shape)}, got {list(y.shape)}")
+    if y.device != x.device:
+        raise InputError(f"{name} must be on {x.device}, got {y.device}")
 
 
 def check_per_sample(name: str, value: object, x: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise InputError(f"{name} must be a tensor with one number per sample, got {type(value).__name__}")
-    check(value.shape == x.shape[:1], f"{name} must hold one number per sample ({len(x)}), got {list(value.shape)}")
-    check(value.device == x.device, f"{name} must be on {x.device}, got {value.device}")
+    if value.shape != x.shape[:1]:
+        raise InputError(f"{name} must hold one number per sample ({len(x)}), got {list(value.shape)}")
+    if value.device != x.device:
+        raise InputError(f"{name} must be on {x.device}, got {value.device}")
+    if value.is_complex():
+        raise InputError(f"{name} must hold real numbers, got {value.dtype}")
+
+
+def check_output(output: object, x: Tensor) -> None:
+    """A network output: x's shape, or twice its channels."""
+    check_floating("output", output)
+    assert isinstance(output, Tensor)
+    shape, wide = output.shape, (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+    if (shape != x.shape and shape != wide) or output.device != x.device:
+        raise InputError(
+            f"output must be {list(x.shape)}, or {list(wide)} with learned variance, on {x.device},"
+            f" got {list(shape)} on {output.device}"
+        )
 
 
 def check_clip(clip: float | None) -> float:
@@ -48,22 +78,63 @@ def check_clip(clip: float | None) -> float:
 
 def check_row(row: object, count: int, x: Tensor) -> None:
     """An index 0 ... count-1, or int64 ``[N]`` of them; those on a device are not looked at: that would wait for it."""
-    if isinstance(row, Tensor):
-        check(row.dtype == torch.int64, f"row must be int64, got {row.dtype}")
-        check_per_sample("row", row, x)
-        low, high = (0, 0) if row.device.type != "cpu" or not row.numel() else map(int, row.aminmax())
+    if isinstance(row, int):
+        low = high = row
+    elif isinstance(row, Tensor):
+        if row.dtype != torch.int64:
+            raise InputError(f"row must be int64, got {row.dtype}")
+        if row.ndim:
+            check_per_sample("row", row, x)
+        elif row.device != x.device:
+            raise InputError(f"row must be on {x.device}, got {row.device}")
+        if torch.compiler.is_compiling() or row.device.type != "cpu" or not row.numel():
+            return
+        low, high = map(int, row.aminmax())
     else:
-        check(isinstance(row, int), f"row must be a whole number or one per sample, got {row!r}")
-        low = high = row  # type: ignore[assignment]
-    check(low >= 0 and high < count, f"row must lie in 0...{count - 1}, got {row}")
+        raise InputError(f"row must be a whole number or one per sample, got {row!r}")
+    if low < 0 or high >= count:
+        raise InputError(f"row must lie in 0...{count - 1}, got {row}")
 
 
-def check_scale(name: str, value: Tensor | float, x: Tensor) -> Tensor:
-    """A number or one number per sample, as a tensor."""
+def check_scale(name: str, value: Tensor | float, x: Tensor) -> Tensor | float:
+    """A number, or one float32 or float64 number per sample."""
+    if isinstance(value, float):
+        return value
     if isinstance(value, Tensor) and value.ndim:
         check_per_sample(name, value, x)
-        return value
+        return value if value.dtype in (torch.float32, torch.float64) else value.float()
     try:
-        return torch.tensor(float(value), dtype=torch.float64)
-    except (TypeError, ValueError):
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name} must be a number or one per sample, got {value!r}") from None
+
+
+def check_result(name: str, result: object, x: Tensor, dtype: torch.dtype, *, over: Iterable[Tensor] = ()) -> None:
+    """A tensor to write to: like x, in ``dtype``, dense, and sharing memory with none of the tensors ``over``."""
+    check_same(name, result, x)
+    assert isinstance(result, Tensor)
+    if result.dtype != dtype:
+        raise InputError(f"{name} must be {dtype}, got {result.dtype}")
+    if not _is_dense(result):
+        raise InputError(f"{name} must be contiguous or channels-last, got strides {list(result.stride())}")
+    for other in over:
+        if not torch.compiler.is_compiling() and _overlap(result, other):
+            raise InputError(f"{name} shares memory with another argument")
+
+
+def _is_dense(x: Tensor) -> bool:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    return x.is_contiguous() or x.is_contiguous(memory_format=last)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges of two tensors meet."""
+    (a_low, a_high), (b_low, b_high) = _range(a), _range(b)
+    return a_low < b_high and b_low < a_high
+
+
+def _range(x: Tensor) -> tuple[int, int]:
+    if not x.numel():
+        return 0, 0
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + extent * x.element_size()

@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from fastdiff import noise as noises
-from fastdiff.errors import check
-from fastdiff.ops.checks import check_floating, check_per_sample, check_same, check_scale
-from fastdiff.ops.dispatch import body
+from fastdiff.backends import body
+from fastdiff.errors import InputError
+from fastdiff.ops import library
+from fastdiff.ops.checks import (
+    check_floating,
+    check_output,
+    check_per_sample,
+    check_result,
+    check_same,
+    check_scale,
+)
 
 
 def add_noise(
@@ -24,28 +32,38 @@ def add_noise(
     noise: Tensor | None = None,
     *,
     seed: noises.Seed | None = None,
-    step: int = 0,
+    step: int | Tensor = 0,
     sample: Sequence[int] | Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x_t = alpha x0 + sigma noise (Ho et al. 2020, eq. 4).
 
     Args:
-        x0: ``[N, ...]`` float; computed in float32 (float64 for float64) and rounded once to x0's dtype.
+        x0: ``[N, C, ...]`` float; computed in float32 (float64 for float64) and rounded once to x0's dtype.
         alpha, sigma: a number or ``[N]``.
         noise: shape of ``x0``; when left out, the training noise of (``seed``, ``step``, ``sample``).
+        out: where to write the result, like ``x0`` and dense; may be ``x0`` itself. No gradient flows through it.
 
     Raises:
         InputError: shapes or devices that do not fit, integer tensors, neither or both of noise and seed.
     """
     check_floating("x0", x0)
     alpha, sigma = check_scale("alpha", alpha, x0), check_scale("sigma", sigma, x0)
-    noise = _noise(x0, noise, seed, step, sample)
-    result: Tensor = body("add_noise", x0.device)(x0, alpha, sigma, noise)
-    return result
+    source = _noise(x0, noise, seed, step, sample)
+    if out is None:
+        if library.traced(x0, alpha, sigma, noise):
+            return library.add_noise(x0, alpha, sigma, source)
+        out = torch.empty_like(x0)
+    else:
+        check_result("out", out, x0, x0.dtype, over=(noise,) if noise is not None else ())
+        if library.traced(x0, alpha, sigma, noise):
+            return out.copy_(library.add_noise(x0, alpha, sigma, source))
+    body("add_noise", x0.device, library.wide(x0))(x0, alpha, sigma, source, out)
+    return out
 
 
 def diffusion_loss(
-    out: Tensor,
+    output: Tensor,
     x0: Tensor,
     f: Tensor,
     g: Tensor,
@@ -53,16 +71,18 @@ def diffusion_loss(
     noise: Tensor | None = None,
     *,
     seed: noises.Seed | None = None,
-    step: int = 0,
+    step: int | Tensor = 0,
     sample: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     """Weighted mean squared error of a network output against ``f x0 + g noise``, one value per sample.
 
-    Epsilon has f, g = 0, 1; sample 1, 0; v_prediction -sigma, alpha; flow_prediction -1, 1.
+    Epsilon has f, g = 0, 1; sample 1, 0; v_prediction -sigma, alpha; flow_prediction -1, 1. Noise that is not
+    given is drawn again, in the backward pass too, and never stored.
 
     Args:
-        out: network output, shape of ``x0``, any float dtype. Gradients flow to it.
-        x0: ``[N, ...]``.
+        output: network output of any float dtype, shape of ``x0``, or ``[N, 2C, ...]`` of which the first half
+            counts (learned variance). Gradients flow to it, and to every tensor given.
+        x0: ``[N, C, ...]``.
         f, g, weight: ``[N]``.
         noise: shape of ``x0``; when left out, the training noise of (``seed``, ``step``, ``sample``).
 
@@ -73,24 +93,31 @@ def diffusion_loss(
         InputError: shapes or devices that do not fit, integer tensors, neither or both of noise and seed.
     """
     check_floating("x0", x0)
-    check_floating("out", out)
-    check_same("out", out, x0)
+    check_output(output, x0)
     for name, value in (("f", f), ("g", g), ("weight", weight)):
         check_per_sample(name, value, x0)
-    noise = _noise(x0, noise, seed, step, sample)
-    result: Tensor = body("diffusion_loss", x0.device)(out, x0, noise, f, g, weight)
+    source = _noise(x0, noise, seed, step, sample)
+    f, g, weight = (check_scale(name, v, x0) for name, v in (("f", f), ("g", g), ("weight", weight)))
+    if library.traced(output, x0, f, g, weight, noise):
+        return library.diffusion_loss(output, x0, f, g, weight, source)
+    wide = library.wide(x0)
+    result = torch.empty(len(x0), dtype=wide, device=x0.device)
+    body("diffusion_loss", x0.device, wide)(output, x0, f, g, weight, source, result)
     return result
 
 
 def _noise(
-    x0: Tensor, noise: Tensor | None, seed: noises.Seed | None, step: int, sample: Sequence[int] | Tensor | None
-) -> Tensor:
-    check((noise is None) != (seed is None), "give either noise or seed")
+    x0: Tensor,
+    noise: Tensor | None,
+    seed: noises.Seed | None,
+    step: int | Tensor,
+    sample: Sequence[int] | Tensor | None,
+) -> Tensor | noises.Address:
+    if (noise is None) == (seed is None):
+        raise InputError("give either noise or seed")
     if noise is not None:
-        check_floating("noise", noise)
         check_same("noise", noise, x0)
         return noise
     assert seed is not None
-    dtype = torch.promote_types(x0.dtype, torch.float32)
     training = noises.Stream.TRAINING
-    return noises.normal(x0.shape, seed=seed, step=step, sample=sample, stream=training, device=x0.device, dtype=dtype)
+    return noises.address(len(x0), x0.device, seed=seed, step=step, sample=sample, stream=training)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastdiff.errors import check, choose
 from fastdiff.ops.checks import check_floating
-from fastdiff.ops.dispatch import body
+from fastdiff.backends import body
 
 
 def group_norm_silu(
@@ -47,5 +47,5 @@ def group_norm_silu(
             value is None or value.shape == shape,
             f"{name} must be {list(shape)}, got {value is not None and list(value.shape)}",
         )
-    result: Tensor = body("group_norm_silu", x.device)(x, groups, weight, bias, eps, scale, shift, activation)
+    result: Tensor = body("group_norm_silu", x.device, x.dtype)(x, groups, weight, bias, eps, scale, shift, activation)
     return result

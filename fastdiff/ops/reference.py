@@ -1,7 +1,8 @@
 """The reference backend: every op in plain PyTorch, to be read as the specification.
 
-Arguments are checked by the contract (the op's own module); what arrives here is valid. Arithmetic runs in
-float32, or in float64 where the state is float64, and the result is rounded once to the dtype it is kept in.
+Arguments are checked by the contract (the op's own module); what arrives here is valid, and results are written to
+tensors the contract made or was given. Arithmetic runs in float32, or in float64 where the state is float64, and
+the result is rounded once to the dtype it is kept in. ``noise`` is a tensor or the address it is drawn from.
 """
 
 from __future__ import annotations
@@ -10,39 +11,58 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdiff.noise import Address, draw
 from fastdiff.ops.row import LETTERS
 
+Noise = Tensor | Address
+Scalar = Tensor | float
 
-def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+
+def normal(result: Tensor, address: Address) -> None:
+    result.copy_(draw(result.shape, address, result.device))
+
+
+def add_noise(x0: Tensor, alpha: Scalar, sigma: Scalar, noise: Noise, result: Tensor) -> None:
     wide = _wide(x0)
-    return (_like(alpha, x0) * x0.to(wide) + _like(sigma, x0) * noise.to(wide)).to(x0.dtype)
+    result.copy_(_like(alpha, x0) * x0.to(wide) + _like(sigma, x0) * _noise(noise, x0))
 
 
-def diffusion_loss(out: Tensor, x0: Tensor, noise: Tensor, f: Tensor, g: Tensor, weight: Tensor) -> Tensor:
-    wide = _wide(x0)
-    target = _like(f, x0) * x0.to(wide) + _like(g, x0) * noise.to(wide)
-    return weight.to(wide) * (out.to(wide) - target).square().flatten(1).mean(1)
+def diffusion_loss(
+    output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, noise: Noise, result: Tensor
+) -> None:
+    difference = _difference(output, x0, f, g, noise)
+    result.copy_(_like(weight, result) * difference.square().flatten(1).mean(1))
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
+def diffusion_loss_backward(
+    grad: Tensor, output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, noise: Noise, result: Tensor
+) -> None:
+    difference = _difference(output, x0, f, g, noise)
+    slope = grad * _like(weight, grad) * (2 / max(difference[:1].numel(), 1))
+    result[:, : x0.shape[1]].copy_(_like(slope, x0) * difference)
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: Scalar, result: Tensor) -> None:
     wide = _wide(cond)
     cond_wide, uncond_wide = cond.to(wide), uncond.to(wide)
-    return (uncond_wide + _like(scale, cond) * (cond_wide - uncond_wide)).to(cond.dtype)
+    result.copy_(uncond_wide + _like(scale, cond) * (cond_wide - uncond_wide))
 
 
 def affine_step(
     x: Tensor,
-    out: Tensor,
+    output: Tensor,
     table: Tensor,
     row: int | Tensor,
     uncond: Tensor | None,
     history: tuple[Tensor, ...],
     anchor: Tensor | None,
-    noise: Tensor | None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
-    r = {letter: _like(column, x) for letter, column in zip(LETTERS, table[row].to(x.dtype).unbind(-1), strict=True)}
+    noise: Noise | None,
+    results: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    table = table.to(x.dtype)
+    r = {letter: _like(column, x) for letter, column in zip(LETTERS, table[row].unbind(-1), strict=True)}
     channels = x.shape[1]
-    prediction, f = out[:, :channels].to(x.dtype), (1 + out[:, channels:].to(x.dtype)) / 2
+    prediction, f = output[:, :channels].to(x.dtype), (1 + output[:, channels:].to(x.dtype)) / 2
     if uncond is not None:
         uncond = uncond[:, :channels].to(x.dtype)
         prediction = uncond + r["w"] * (prediction - uncond)
@@ -50,15 +70,19 @@ def affine_step(
     following = r["a"] * x + r["b"] * x0
     for letter, h in zip(("c1", "c2", "c3"), history, strict=False):
         following = following + r[letter] * h
+    kept = None
     if anchor is not None:
         following = following + r["e"] * anchor
-        anchor = r["k"] * anchor + r["m"] * x + r["n"] * x0
+        kept = r["k"] * anchor + r["m"] * x + r["n"] * x0
     if noise is not None:
         std = r["s"] * torch.exp((f * r["hi"] + (1 - f) * r["lo"]) / 2) if f.numel() else r["s"]
-        following = following + std * noise
-    if history:
-        history = (r["u"] * x + r["v"] * x0, *history[:-1])
-    return following, x0, history, anchor
+        following = following + std * _noise(noise, x)
+    after = torch.as_tensor(row, device=x.device).add(1).clamp(max=len(table) - 1)
+    c_in = _like(table[after, LETTERS.index("c_in")], x)
+    values = following, x0, r["u"] * x + r["v"] * x0, kept, c_in * following
+    for result, value in zip(results, values, strict=True):
+        if result is not None and value is not None:
+            result.copy_(value)
 
 
 def group_norm_silu(
@@ -83,6 +107,17 @@ def group_norm_silu(
     return y.to(x.dtype, memory_format=_memory_format(x))
 
 
+def _difference(output: Tensor, x0: Tensor, f: Scalar, g: Scalar, noise: Noise) -> Tensor:
+    """output - (f x0 + g noise)"""
+    wide = _wide(x0)
+    return output[:, : x0.shape[1]].to(wide) - (_like(f, x0) * x0.to(wide) + _like(g, x0) * _noise(noise, x0))
+
+
+def _noise(noise: Noise, x: Tensor) -> Tensor:
+    """Noise in the dtype of the arithmetic."""
+    return (noise if isinstance(noise, Tensor) else draw(x.shape, noise, x.device)).to(_wide(x))
+
+
 def _memory_format(x: Tensor) -> torch.memory_format:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
     return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
@@ -93,7 +128,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _like(value: Tensor, x: Tensor) -> Tensor:
-    """A scalar, ``[N]`` or ``[N, C]`` value as something that broadcasts against ``x`` ``[N, C, ...]``."""
-    value = value.to(x.device, _wide(x))
+def _like(value: Scalar, x: Tensor) -> Tensor:
+    """A number, ``[N]`` or ``[N, C]`` value as something that broadcasts against ``x`` ``[N, C, ...]``."""
+    value = (value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)).to(x.device, _wide(x))
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value

@@ -5,34 +5,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastdiff import noise as noises
-from fastdiff.errors import check, choose
+from fastdiff.backends import body
+from fastdiff.errors import InputError, check, choose
+from fastdiff.ops import library
 from fastdiff.ops import row as rows
-from fastdiff.ops.checks import check_clip, check_floating, check_row, check_same, check_scale, check_state
-from fastdiff.ops.dispatch import body
+from fastdiff.ops.checks import (
+    check_clip,
+    check_floating,
+    check_output,
+    check_result,
+    check_row,
+    check_same,
+    check_scale,
+    check_state,
+)
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
-
+COLUMNS = len(rows.LETTERS)
 
 Levels = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Step(NamedTuple):
-    """What one row leaves: the next state, the estimate of x0 and the stored vectors."""
+    """What one row leaves: the next state, the estimate of x0, the stored vectors, and the next network input."""
 
     x: Tensor
-    x0: Tensor
-    history: tuple[Tensor, ...]
-    anchor: Tensor | None
+    x0: Tensor | None = None
+    history: tuple[Tensor, ...] = ()
+    anchor: Tensor | None = None
+    input: Tensor | None = None
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float) -> Tensor:
+class StepOptions(TypedDict, total=False):
+    """The keyword arguments of :func:`affine_step` that every step takes."""
+
+    uncond: Tensor | None
+    noise: Tensor | None
+    seed: noises.Seed | None
+    step: int | Tensor | None
+    sample: Sequence[int] | Tensor | None
+    keep_x0: bool
+    input_dtype: torch.dtype | None
+    out: Step | None
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, *, out: Tensor | None = None) -> Tensor:
     """Classifier-free guidance: uncond + scale (cond - uncond).
 
     ``scale`` 1 is the conditional model alone; the w of Ho & Salimans 2022, eq. 6, is ``scale - 1``.
@@ -40,18 +66,28 @@ def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float) -> Tensor:
     Args:
         cond, uncond: ``[N, C, ...]`` of one shape, dtype and device.
         scale: a number or ``[N]``.
+        out: where to write the result, like ``cond`` and dense; may be ``cond`` or ``uncond`` itself.
     """
     check_floating("cond", cond)
-    check_floating("uncond", uncond)
     check_same("uncond", uncond, cond)
-    check(uncond.dtype == cond.dtype, f"uncond must be {cond.dtype}, got {uncond.dtype}")
-    result: Tensor = body("guide", cond.device)(cond, uncond, check_scale("scale", scale, cond))
-    return result
+    if uncond.dtype != cond.dtype:
+        raise InputError(f"uncond must be {cond.dtype}, got {uncond.dtype}")
+    scale = check_scale("scale", scale, cond)
+    if out is None:
+        out = torch.empty_like(cond)
+    else:
+        check_result("out", out, cond, cond.dtype, over=_others(out, cond, uncond))
+    if torch.compiler.is_compiling():
+        library.guide(cond, uncond, scale, out)
+    else:
+        grad = library.needs_grad(cond, uncond, scale)
+        body("guide", cond.device, library.wide(cond), differentiable=grad)(cond, uncond, scale, out)
+    return out
 
 
 def affine_step(
     x: Tensor,
-    out: Tensor,
+    output: Tensor,
     table: Tensor,
     row: int | Tensor,
     *,
@@ -60,37 +96,56 @@ def affine_step(
     anchor: Tensor | None = None,
     noise: Tensor | None = None,
     seed: noises.Seed | None = None,
-    step: int | None = None,
+    step: int | Tensor | None = None,
     sample: Sequence[int] | Tensor | None = None,
+    keep_x0: bool = True,
+    input_dtype: torch.dtype | None = None,
+    out: Step | None = None,
 ) -> Step:
     """Run one row of a solver table (see :mod:`fastdiff.ops.row` for the formula).
 
     Args:
         x: state ``[N, C, ...]``, float32 (float64 for the reference in float64).
-        out: network output ``[N, C, ...]``, or ``[N, 2C, ...]`` with learned-range variance; any float dtype.
+        output: of the network, ``[N, C, ...]``, or ``[N, 2C, ...]`` with learned-range variance; any float dtype.
         table: rows by letters ``[R, len(LETTERS)]`` on x's device.
-        row: which row, 0 ... R-1, or int64 ``[N]`` for a row per sample.
-        uncond: unconditional output like ``out``; without it w is not used.
+        row: which row, 0 ... R-1, an int64 tensor ``[]`` on x's device, or ``[N]`` for a row per sample.
+        uncond: unconditional output like ``output``; without it w is not used.
         history: up to three stored vectors h1, h2, h3 of x's shape; absent ones drop out of the formula.
         anchor: stored vector of x's shape.
         noise: z of x's shape; or ``seed`` (and ``step``, ``sample``) for the noise that belongs to them;
             with neither, nothing is added. ``step`` is the row unless it is given.
+        keep_x0: whether to return the estimate of x0.
+        input_dtype: also return ``c_in x'`` of the row after this one (of this one after the last) in this dtype,
+            channels-last, which is what the network is given next.
+        out: where to write: dense tensors like those a call without it returns. Parts that are None are not
+            written. ``out.x`` may be ``x``, ``out.history[0]`` any of ``history``, ``out.anchor`` the ``anchor``;
+            otherwise nothing may share memory. Only ``out.history[0]`` is written: the older vectors are passed on.
 
     Raises:
-        InputError: what does not fit, by name.
+        InputError: what does not fit, by name; an explicit backend that has no gradient where one is needed.
     """
     check_state("x", x)
-    _check_step(x, out, table, row, uncond, history, anchor, noise)
-    if seed is not None:
-        check(noise is None, "give either noise or seed")
-        at = row if step is None else step
-        noise = noises.normal(x.shape, seed=seed, step=at, sample=sample, device=x.device, dtype=x.dtype)
-    return Step(*body("affine_step", x.device)(x, out, table, row, uncond, history, anchor, noise))
+    check_output(output, x)
+    table = _check_table(table, x)
+    check_row(row, len(table), x)
+    source = _check_vectors(x, output, uncond, history, anchor, noise, seed, row if step is None else step, sample)
+    if out is None:
+        out = _results(x, history, anchor, keep_x0, input_dtype)
+    else:
+        _check_out(out, x, output, uncond, history, anchor, noise)
+    results = (out.x, out.x0, out.history[0] if out.history else None, out.anchor, out.input)
+    grad = library.needs_grad(x, output, uncond, *history, anchor, noise)
+    if torch.compiler.is_compiling() and not grad:
+        library.affine_step(x, output, table, row, uncond, history, anchor, source, results)
+    else:
+        run = body("affine_step", x.device, x.dtype, differentiable=grad)
+        run(x, output, table, row, uncond, history, anchor, source, results)
+    return out if not out.history else out._replace(history=(out.history[0], *history[:-1]))
 
 
 def ddim_step(
     x: Tensor,
-    out: Tensor,
+    output: Tensor,
     alpha: Tensor | float,
     sigma: Tensor | float,
     alpha_next: Tensor | float,
@@ -99,33 +154,30 @@ def ddim_step(
     prediction: str = "epsilon",
     eta: float = 0.0,
     clip: float | None = None,
-    uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
-    noise: Tensor | None = None,
-    seed: noises.Seed | None = None,
-    step: int = 0,
-    sample: Sequence[int] | Tensor | None = None,
+    **options: Unpack[StepOptions],
 ) -> Step:
     """One DDIM step from (alpha, sigma) to the cleaner (alpha_next, sigma_next) (Song et al. 2021, eq. 12).
 
     Args:
-        x, out, uncond, noise, seed, step, sample: as in :func:`affine_step`. eta > 0 needs noise or seed.
+        x, output, options: as in :func:`affine_step`. eta > 0 needs noise or seed.
         alpha, sigma, alpha_next, sigma_next: numbers, or ``[N]`` for a timestep per sample.
         clip: bound of the estimate of x0, None for no bound.
-        guidance_scale: 1 = ``out`` alone, see :func:`guide`.
+        guidance_scale: 1 = ``output`` alone, see :func:`guide`.
     """
     check_state("x", x)
-    check(0 <= eta <= 1, f"eta must lie in [0, 1], got {eta}")
-    check(eta == 0 or noise is not None or seed is not None, "eta > 0 adds noise: give noise or seed")
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta must lie in [0, 1], got {eta}")
+    if eta and not _has_noise(options):
+        raise InputError("eta > 0 adds noise: give noise or seed")
     levels = _levels(x, alpha, sigma, alpha_next, sigma_next)
-    a, b, s = rows.ddim(*levels, eta)
-    table, row = _table(x, levels, prediction, clip, guidance_scale, a=a, b=b, s=s)
-    return affine_step(x, out, table, row, uncond=uncond, noise=noise, seed=seed, step=step, sample=sample)
+    more = {"prediction": prediction, "eta": eta, "clip": clip, "scale": guidance_scale}
+    return _one_step(x, output, _table(_ddim_letters, x, levels, **more), options)
 
 
 def posterior_step(
     x: Tensor,
-    out: Tensor,
+    output: Tensor,
     alpha: Tensor | float,
     sigma: Tensor | float,
     alpha_next: Tensor | float,
@@ -134,28 +186,25 @@ def posterior_step(
     prediction: str = "epsilon",
     variance: str = "fixed_small",
     clip: float | None = None,
-    uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
-    noise: Tensor | None = None,
-    seed: noises.Seed | None = None,
-    step: int = 0,
-    sample: Sequence[int] | Tensor | None = None,
+    **options: Unpack[StepOptions],
 ) -> Step:
     """One ancestral DDPM step x_t -> x_t' ~ N(posterior mean, variance) (Ho et al. 2020, algorithm 2).
 
     Args:
         variance: ``fixed_small`` (posterior variance), ``fixed_large`` (forward variance) or ``learned_range``
-            (between the two by the last half of ``out``'s channels). No noise is added at the clean end.
+            (between the two by the last half of ``output``'s channels). No noise is added at the clean end.
         The rest: as in :func:`ddim_step`; noise or seed is needed.
     """
     check_state("x", x)
-    check(noise is not None or seed is not None, "the posterior step adds noise: give noise or seed")
-    check_floating("out", out)
-    learned = variance == "learned_range"
-    check(not learned or out.shape[1] == 2 * x.shape[1], f"out must have {2 * x.shape[1]} channels with learned_range")
+    if not _has_noise(options):
+        raise InputError("the posterior step adds noise: give noise or seed")
+    check_floating("output", output)
+    if variance == "learned_range" and output.shape[1] != 2 * x.shape[1]:
+        raise InputError(f"output must have {2 * x.shape[1]} channels with learned_range, got {output.shape[1]}")
     levels = _levels(x, alpha, sigma, alpha_next, sigma_next)
-    table, row = _table(x, levels, prediction, clip, guidance_scale, **posterior_letters(*levels, variance=variance))
-    return affine_step(x, out, table, row, uncond=uncond, noise=noise, seed=seed, step=step, sample=sample)
+    more = {"prediction": prediction, "variance": variance, "clip": clip, "scale": guidance_scale}
+    return _one_step(x, output, _table(posterior_letters, x, levels, **more), options)
 
 
 def posterior_letters(
@@ -172,49 +221,158 @@ def posterior_letters(
     return {"a": a, "b": b, "s": torch.where(noisy, small if variance == "fixed_small" else large, 0.0).sqrt()}
 
 
-def _levels(x: Tensor, *levels: Tensor | float) -> Levels:
-    """The four levels as float64 host tensors of one length."""
+def _ddim_letters(
+    alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, *, eta: float
+) -> dict[str, Tensor]:
+    return dict(zip("abs", rows.ddim(alpha, sigma, alpha_next, sigma_next, eta), strict=True))
+
+
+def _one_step(x: Tensor, output: Tensor, table: Tensor, options: StepOptions) -> Step:
+    row = 0 if len(table) == 1 else torch.arange(len(table), device=x.device)
+    return affine_step(x, output, table, row, **{"step": 0, **options})
+
+
+def _has_noise(options: StepOptions) -> bool:
+    return options.get("noise") is not None or options.get("seed") is not None
+
+
+# ---- tables of one step ---------------------------------------------------------------------
+
+
+def _levels(x: Tensor, *levels: Tensor | float) -> tuple[float, ...] | Levels:
+    """The four levels: numbers, or float64 host tensors of one length."""
     names = ("alpha", "sigma", "alpha_next", "sigma_next")
-    columns = [check_scale(name, level, x) for name, level in zip(names, levels, strict=True)]
-    alpha, sigma, alpha_next, sigma_next = torch.broadcast_tensors(*(c.double().cpu().reshape(-1) for c in columns))
+    checked = [check_scale(name, level, x) for name, level in zip(names, levels, strict=True)]
+    if not any(isinstance(level, Tensor) for level in checked):
+        return tuple(checked)  # type: ignore[arg-type]
+    columns = (torch.as_tensor(level, dtype=torch.float64).cpu().reshape(-1) for level in checked)
+    alpha, sigma, alpha_next, sigma_next = torch.broadcast_tensors(*columns)
     return alpha, sigma, alpha_next, sigma_next
 
 
-def _table(
-    x: Tensor, levels: Levels, prediction: str, clip: float | None, scale: float, **letters: Tensor
-) -> tuple[Tensor, int | Tensor]:
-    p, q = rows.to_x0(prediction, *levels[:2])
-    count = len(p)
-    table = rows.make_table(count, p=p, q=q, w=scale, clip=check_clip(clip), **letters)
-    return table.to(x.device, x.dtype), 0 if count == 1 else torch.arange(count, device=x.device)
+def _table(letters: Any, x: Tensor, levels: tuple[float, ...] | Levels, **options: Any) -> Tensor:
+    """The rows of a step, remembered where the levels are numbers: a loop over a schedule builds them once."""
+    if isinstance(levels[0], Tensor) or torch.compiler.is_compiling():
+        return _make_table(letters, x.device, x.dtype, levels, **options)
+    return _remembered_table(letters, x.device, x.dtype, levels, **options)
 
 
-def _check_step(
+def _make_table(
+    letters: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    levels: tuple[float, ...] | Levels,
+    *,
+    prediction: str,
+    clip: float | None,
+    scale: float,
+    **options: Any,
+) -> Tensor:
+    columns = [torch.as_tensor(level, dtype=torch.float64).reshape(-1) for level in levels]
+    p, q = rows.to_x0(prediction, *columns[:2])
+    values = letters(*columns, **options)
+    return rows.make_table(len(p), p=p, q=q, w=scale, clip=check_clip(clip), **values).to(device, dtype)
+
+
+_remembered_table = lru_cache(4096)(_make_table)
+
+
+# ---- checks ---------------------------------------------------------------------------------
+
+
+def _check_table(table: object, x: Tensor) -> Tensor:
+    if not isinstance(table, Tensor):
+        raise InputError(f"table must be a tensor, got {type(table).__name__}")
+    if table.ndim != 2 or table.shape[1] != COLUMNS or not len(table):
+        raise InputError(f"table must be [R, {COLUMNS}], got {list(table.shape)}")
+    if not table.is_floating_point():
+        raise InputError(f"table must be floating-point, got {table.dtype}")
+    if table.device != x.device:
+        raise InputError(f"table must be on {x.device}, got {table.device}")
+    return table if table.dtype == x.dtype and table.is_contiguous() else table.to(x.dtype).contiguous()
+
+
+def _check_vectors(
     x: Tensor,
-    out: Tensor,
-    table: Tensor,
-    row: int | Tensor,
+    output: Tensor,
+    uncond: Tensor | None,
+    history: tuple[Tensor, ...],
+    anchor: Tensor | None,
+    noise: Tensor | None,
+    seed: noises.Seed | None,
+    step: int | Tensor,
+    sample: Sequence[int] | Tensor | None,
+) -> Tensor | noises.Address | None:
+    """Check the tensors beside x and output; returns where the noise comes from."""
+    if uncond is not None:
+        check_same("uncond", uncond, output)
+    if history:
+        if len(history) > 3:
+            raise InputError(f"history holds at most three vectors, got {len(history)}")
+        for i, vector in enumerate(history):
+            check_same(f"h{i + 1}", vector, x)
+    if anchor is not None:
+        check_same("anchor", anchor, x)
+    if noise is not None:
+        if seed is not None:
+            raise InputError("give either noise or seed")
+        check_same("noise", noise, x)
+        return noise
+    if seed is None:
+        return None
+    return noises.address(len(x), x.device, seed=seed, step=step, sample=sample)
+
+
+def _results(
+    x: Tensor, history: tuple[Tensor, ...], anchor: Tensor | None, keep_x0: bool, input_dtype: torch.dtype | None
+) -> Step:
+    return Step(
+        torch.empty_like(x),
+        torch.empty_like(x) if keep_x0 else None,
+        (torch.empty_like(x),) if history else (),
+        None if anchor is None else torch.empty_like(x),
+        None if input_dtype is None else _channels_last(x, input_dtype),
+    )
+
+
+def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=last)
+
+
+def _check_out(
+    out: Step,
+    x: Tensor,
+    output: Tensor,
     uncond: Tensor | None,
     history: tuple[Tensor, ...],
     anchor: Tensor | None,
     noise: Tensor | None,
 ) -> None:
-    check_floating("out", out)
-    wide = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-    check(
-        out.shape in (x.shape, wide) and out.device == x.device,
-        f"out must be {list(x.shape)}, or {list(wide)} with learned variance, on {x.device},"
-        f" got {list(out.shape)} on {out.device}",
-    )
-    if uncond is not None:
-        check_same("uncond", uncond, out)
-    check(len(history) <= 3, f"history holds at most three vectors, got {len(history)}")
-    for name, vector in (*((f"h{i + 1}", h) for i, h in enumerate(history)), ("anchor", anchor), ("noise", noise)):
-        if vector is not None:
-            check_floating(name, vector)
-            check_same(name, vector, x)
-    check(isinstance(table, Tensor), f"table must be a tensor, got {type(table).__name__}")
-    letters = len(rows.LETTERS)
-    check(table.ndim == 2 and table.shape[1] == letters, f"table must be [R, {letters}], got {list(table.shape)}")
-    check(table.device == x.device, f"table must be on {x.device}, got {table.device}")
-    check_row(row, len(table), x)
+    if not isinstance(out, Step):
+        raise InputError(f"out must be a Step of tensors, got {type(out).__name__}")
+    if bool(out.history) != bool(history) or (out.anchor is None) != (anchor is None):
+        raise InputError("out must hold history and anchor where the step is given them, and only there")
+    parts = {"out.x": out.x, "out.x0": out.x0, "out.history": out.history[0] if out.history else None}
+    parts |= {"out.anchor": out.anchor, "out.input": out.input}
+    given = [v for v in (x, output, uncond, *history, anchor, noise) if v is not None]
+    may_be = {"out.x": (x,), "out.history": history, "out.anchor": (anchor,)}
+    for name, result in parts.items():
+        if result is None:
+            continue
+        allowed = may_be.get(name, ())
+        others = [v for other, v in parts.items() if other != name and v is not None]
+        over = [*others, *_others(result, *given, only=allowed)]
+        check_result(name, result, x, result.dtype if name == "out.input" else x.dtype, over=over)
+
+
+def _others(result: Tensor, *given: Tensor, only: Iterable[Tensor | None] | None = None) -> list[Tensor]:
+    """The tensors a result must not touch: all but those (of ``only``) that are exactly the same memory."""
+    allowed = given if only is None else only
+    if torch.compiler.is_compiling():
+        return []
+
+    def same(v: Tensor) -> bool:
+        return v.data_ptr() == result.data_ptr() and v.stride() == result.stride() and v.dtype == result.dtype
+
+    return [v for v in given if not (any(v is a for a in allowed) and same(v))]

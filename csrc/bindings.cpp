@@ -1,0 +1,418 @@
+// fastdiff._C: tensors in, kernels run. Shapes, dtypes and devices are checked once more here, whatever the caller
+// did, so that no argument can make a kernel read or write outside a tensor.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "tensor.h"
+#if defined(FASTDIFF_CUDA)
+#include "cuda/kernels.h"
+#endif
+
+namespace py = pybind11;
+
+namespace fastdiff {
+namespace {
+
+const ExchangeApi* api = nullptr;
+PyTypeObject* tensor_type = nullptr;
+const Kernels* kernels = &baseline;
+
+[[noreturn]] void refuse(const std::string& message) { throw py::value_error(message); }
+
+Tensor tensor_of(py::handle object, const char* name) {
+  if (!PyObject_TypeCheck(object.ptr(), tensor_type)) refuse(std::string(name) + " must be a tensor");
+  Tensor tensor;
+  if (api->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  return tensor;
+}
+
+bool absent(py::handle object) { return object.is_none(); }
+
+Type type_of(const Tensor& tensor, const char* name) {
+  const DataType d = tensor.dtype;
+  if (d.code == CODE_FLOAT && d.bits == 32) return Type::f32;
+  if (d.code == CODE_FLOAT && d.bits == 64) return Type::f64;
+  if (d.code == CODE_FLOAT && d.bits == 16) return Type::f16;
+  if (d.code == CODE_BFLOAT && d.bits == 16) return Type::bf16;
+  refuse(std::string(name) + " must be float32, float64, bfloat16 or float16");
+}
+
+// Gathers the operands of one call, decides the order in which they are walked, and joins the dimensions that are
+// one piece in all of them.
+class Plan {
+ public:
+  explicit Plan(const Tensor& lead) : device_(lead.device), dims_(lead.ndim - 1) {
+    if (dims_ < 0 || dims_ > MAX_DIMS) refuse("tensors of 1 to " + std::to_string(MAX_DIMS + 1) + " dimensions only");
+    if (device_.type != CPU && device_.type != CUDA) refuse("tensors must be on the CPU or on a CUDA device");
+    samples_ = lead.shape[0];
+    for (int d = 0; d < dims_; ++d) shape_[d] = lead.shape[d + 1], order_[d] = d;
+    if (channels_last(lead)) std::rotate(order_, order_ + 1, order_ + dims_);
+  }
+
+  // A tensor of the lead's shape; or with `wide`, of so many times its channels, of which this is part `part`.
+  void add(Operand& operand, py::handle object, const char* name, int part = 0, bool wide = false) {
+    if (absent(object)) return;
+    const Tensor tensor = tensor_of(object, name);
+    bool fits = tensor.ndim == dims_ + 1 && tensor.shape[0] == samples_;
+    for (int d = 0; d < dims_ && fits; ++d) fits = tensor.shape[d + 1] == shape_[d] * (wide && d == 0 ? 2 : 1);
+    if (!fits) refuse(std::string(name) + " has the wrong shape");
+    check_device(tensor, name);
+    operand.type = type_of(tensor, name);
+    operand.sample = tensor.strides[0];
+    int64_t offset = 0;
+    if (part) offset = shape_[0] * tensor.strides[1];
+    const int64_t bytes = operand.type == Type::f64 ? 8 : operand.type == Type::f32 ? 4 : 2;
+    operand.data = tensor.data() + offset * bytes;
+    for (int d = 0; d < dims_; ++d) operand.stride[d] = tensor.strides[order_[d] + 1];
+    remember(operand);
+  }
+
+  void add_noise(Noise& noise, py::handle object);
+
+  Scalar scalar(py::handle object, const char* name) const {
+    Scalar scalar;
+    if (!PyObject_TypeCheck(object.ptr(), tensor_type)) {
+      scalar.value = object.cast<float>();
+      return scalar;
+    }
+    const Tensor tensor = tensor_of(object, name);
+    check_device(tensor, name);
+    const Type type = type_of(tensor, name);
+    if (type != Type::f32 && type != Type::f64) refuse(std::string(name) + " must be float32 or float64");
+    scalar.wide = type == Type::f64;
+    scalar.stride = per_sample(tensor, name);
+    scalar.each = tensor.data();
+    return scalar;
+  }
+
+  Index index(py::handle object, const char* name) const {
+    Index index;
+    if (!PyObject_TypeCheck(object.ptr(), tensor_type)) {
+      index.value = object.cast<int64_t>();
+      return index;
+    }
+    const Tensor tensor = tensor_of(object, name);
+    check_device(tensor, name);
+    if (tensor.dtype.code != CODE_INT || tensor.dtype.bits != 64) refuse(std::string(name) + " must be int64");
+    index.stride = per_sample(tensor, name);
+    index.each = reinterpret_cast<const int64_t*>(tensor.data());
+    return index;
+  }
+
+  void check_device(const Tensor& tensor, const char* name) const {
+    if (tensor.device.type != device_.type || tensor.device.index != device_.index)
+      refuse(std::string(name) + " is on another device");
+  }
+
+  // `uniform`: nothing but position tells one sample from another, so all of them may be walked as one.
+  Space space(bool uniform) {
+    Space space;
+    space.samples = samples_, space.elements = 1;
+    for (int d = 0; d < dims_; ++d) space.elements *= shape_[d];
+    mark_flat();
+    join(space);
+    bool one_piece = uniform;
+    for (int i = 0; i < count_; ++i)
+      one_piece = one_piece && operands_[i]->flat && operands_[i]->sample == space.elements;
+    if (one_piece && samples_ > 0) {
+      space.elements *= samples_, space.samples = 1, space.dims = 1, space.size[0] = space.elements;
+      for (int i = 0; i < count_; ++i) operands_[i]->stride[0] = 1;
+    }
+    return space;
+  }
+
+  int64_t samples() const { return samples_; }
+  Device device() const { return device_; }
+
+ private:
+  int64_t per_sample(const Tensor& tensor, const char* name) const {
+    if (tensor.ndim == 0 || (tensor.ndim == 1 && tensor.shape[0] == 1 && samples_ > 1)) return 0;
+    if (tensor.ndim != 1 || tensor.shape[0] != samples_) refuse(std::string(name) + " must hold one value per sample");
+    return tensor.strides[0];
+  }
+
+  bool channels_last(const Tensor& lead) const {
+    if (dims_ < 2 || shape_[0] == 1) return false;
+    int64_t expected = 1;
+    bool last = lead.strides[1] == 1, first = true;
+    for (int d = dims_; d >= 1; --d) {
+      if (shape_[d - 1] != 1 && lead.strides[d] != expected) first = false;
+      expected *= shape_[d - 1];
+    }
+    expected = shape_[0];
+    for (int d = dims_; d >= 2; --d) {
+      if (shape_[d - 1] != 1 && lead.strides[d] != expected) last = false;
+      expected *= shape_[d - 1];
+    }
+    return last && !first && shape_[0] <= 256;
+  }
+
+  void remember(Operand& operand) { operands_[count_++] = &operand; }
+
+  void mark_flat() {
+    for (int i = 0; i < count_; ++i) {
+      Operand& operand = *operands_[i];
+      int64_t expected = 1;
+      operand.flat = operand.type == Type::f32;
+      for (int d = dims_ - 1; d >= 0; --d) {
+        const int64_t size = shape_[order_[d]];
+        if (size != 1 && operand.stride[d] != expected) operand.flat = false;
+        expected *= size;
+      }
+    }
+  }
+
+  void join(Space& space) {
+    for (int d = 0; d < dims_; ++d) {
+      const int64_t size = shape_[order_[d]];
+      if (size == 1) continue;
+      bool joins = space.dims > 0;
+      for (int i = 0; i < count_ && joins; ++i)
+        joins = operands_[i]->stride[space.dims - 1] == operands_[i]->stride[d] * size;
+      if (joins) --space.dims;
+      for (int i = 0; i < count_; ++i) operands_[i]->stride[space.dims] = operands_[i]->stride[d];
+      space.size[space.dims] = joins ? space.size[space.dims] * size : size;
+      ++space.dims;
+    }
+    if (space.dims == 0) {
+      space.dims = 1, space.size[0] = 1;
+      for (int i = 0; i < count_; ++i) operands_[i]->stride[0] = 1;
+    }
+  }
+
+  Device device_;
+  int dims_;
+  int64_t samples_, shape_[MAX_DIMS];
+  int order_[MAX_DIMS];
+  Operand* operands_[16];
+  int count_ = 0;
+};
+
+// None, a tensor, or the address (seed, step, sample, stream).
+void Plan::add_noise(Noise& noise, py::handle object) {
+  if (!PyTuple_Check(object.ptr())) return add(noise.given, object, "noise");
+  const py::tuple address = py::reinterpret_borrow<py::tuple>(object);
+  if (address.size() != 4) refuse("a noise address is (seed, step, sample, stream)");
+  noise.drawn = true;
+  noise.seed = index(address[0], "seed");
+  noise.step = index(address[1], "step");
+  noise.numbered = absent(address[2]) && !noise.seed.each;
+  if (!absent(address[2])) noise.sample = index(address[2], "sample");
+  noise.stream = address[3].cast<uint32_t>();
+  int64_t expected[MAX_DIMS], total = 1;
+  for (int d = dims_ - 1; d >= 0; --d) expected[d] = total, total *= shape_[d];
+  for (int d = 0; d < dims_; ++d) noise.element.stride[d] = expected[order_[d]];
+  remember(noise.element);
+}
+
+// Runs an op where its tensors are: on the CPU without the interpreter's lock, or on the current stream.
+template <typename Op, typename Cuda>
+void run(const Op& op, Device device, int threads, void (*on_cpu)(const Op&, int), Cuda on_cuda) {
+  if (op.space.samples == 0 || op.space.elements == 0) return;
+  if (device.type == CPU) {
+    py::gil_scoped_release unlocked;
+    on_cpu(op, std::max(threads, 1));
+    return;
+  }
+#if defined(FASTDIFF_CUDA)
+  void* stream = nullptr;
+  if (api->current_stream(CUDA, device.index, &stream) != 0) throw py::error_already_set();
+  const int error = on_cuda(op, device.index, stream);
+  if (error) throw std::runtime_error(std::string("CUDA: ") + cuda::message(error));
+#else
+  (void)on_cuda;
+  refuse("this build of fastdiff._C has no CUDA kernels");
+#endif
+}
+
+#if defined(FASTDIFF_CUDA)
+#define ON_CUDA(op) cuda::op
+#else
+#define ON_CUDA(op) nullptr
+#endif
+
+void normal_(py::handle result, py::handle noise, int threads) {
+  Normal op;
+  Plan plan(tensor_of(result, "result"));
+  plan.add(op.result, result, "result");
+  plan.add_noise(op.noise, noise);
+  op.space = plan.space(false);
+  run(op, plan.device(), threads, kernels->normal, ON_CUDA(normal));
+}
+
+void add_noise_(py::handle x0, py::handle alpha, py::handle sigma, py::handle noise, py::handle result, int threads) {
+  AddNoise op;
+  Plan plan(tensor_of(result, "result"));
+  plan.add(op.result, result, "result");
+  plan.add(op.x0, x0, "x0");
+  plan.add_noise(op.noise, noise);
+  op.alpha = plan.scalar(alpha, "alpha"), op.sigma = plan.scalar(sigma, "sigma");
+  op.space = plan.space(!op.noise.drawn && !op.alpha.each && !op.sigma.each);
+  run(op, plan.device(), threads, kernels->add_noise, ON_CUDA(add_noise));
+}
+
+void guide_(py::handle cond, py::handle uncond, py::handle scale, py::handle result, int threads) {
+  Guide op;
+  Plan plan(tensor_of(result, "result"));
+  plan.add(op.result, result, "result");
+  plan.add(op.cond, cond, "cond");
+  plan.add(op.uncond, uncond, "uncond");
+  op.scale = plan.scalar(scale, "scale");
+  op.space = plan.space(!op.scale.each);
+  run(op, plan.device(), threads, kernels->guide, ON_CUDA(guide));
+}
+
+// `output` may hold twice the channels: the prediction and the fractions of a learned-range variance.
+bool is_wide(py::handle output, const Tensor& lead) {
+  const Tensor tensor = tensor_of(output, "output");
+  return lead.ndim > 1 && tensor.ndim == lead.ndim && tensor.shape[1] == 2 * lead.shape[1] && tensor.shape[1] != 0;
+}
+
+void affine_step_(py::handle x, py::handle output, py::handle table, py::handle row, py::handle uncond,
+                  py::tuple history, py::handle anchor, py::handle noise, py::tuple results, int threads) {
+  AffineStep op;
+  const Tensor lead = tensor_of(x, "x");
+  Plan plan(lead);
+  plan.add(op.x, x, "x");
+  const bool wide = is_wide(output, lead);
+  plan.add(op.output, output, "output", 0, wide);
+  if (wide) plan.add(op.fraction, output, "output", 1, wide);
+  plan.add(op.uncond, uncond, "uncond", 0, wide);
+  if (history.size() > 3) refuse("history holds at most three vectors");
+  for (size_t i = 0; i < history.size(); ++i) plan.add(op.history[i], history[i], "history");
+  plan.add(op.anchor, anchor, "anchor");
+  plan.add_noise(op.noise, noise);
+  if (results.size() != 5) refuse("results are (x, x0, pushed, anchor, input)");
+  plan.add(op.next, results[0], "x of the results");
+  plan.add(op.x0, results[1], "x0 of the results");
+  plan.add(op.push, results[2], "h1 of the results");
+  plan.add(op.next_anchor, results[3], "anchor of the results");
+  plan.add(op.input, results[4], "input of the results");
+  const Tensor rows = tensor_of(table, "table");
+  plan.check_device(rows, "table");
+  if (rows.ndim != 2 || rows.shape[1] != LETTERS || type_of(rows, "table") != Type::f32 || rows.shape[0] < 1 ||
+      rows.strides[1] != 1 || (rows.shape[0] > 1 && rows.strides[0] != LETTERS))
+    refuse("table must be contiguous float32 [R, " + std::to_string(LETTERS) + "]");
+  op.table = reinterpret_cast<const float*>(rows.data()), op.rows = rows.shape[0];
+  op.row = plan.index(row, "row");
+  if (!op.row.each && (op.row.value < 0 || op.row.value >= op.rows)) refuse("row is outside the table");
+  op.space = plan.space(!op.row.stride && !op.noise.drawn);
+  run(op, plan.device(), threads, kernels->affine_step, ON_CUDA(affine_step));
+}
+
+DiffusionLoss loss_of(Plan& plan, const Tensor& lead, py::handle output, py::handle x0, py::handle f, py::handle g,
+                      py::handle weight, py::handle noise, DiffusionLoss& op) {
+  plan.add(op.x0, x0, "x0");
+  plan.add(op.output, output, "output", 0, is_wide(output, lead));
+  plan.add_noise(op.noise, noise);
+  op.f = plan.scalar(f, "f"), op.g = plan.scalar(g, "g"), op.weight = plan.scalar(weight, "weight");
+  return op;
+}
+
+void diffusion_loss_(py::handle output, py::handle x0, py::handle f, py::handle g, py::handle weight,
+                     py::handle noise, py::handle loss, int threads) {
+  DiffusionLoss op;
+  const Tensor lead = tensor_of(x0, "x0"), result = tensor_of(loss, "loss");
+  Plan plan(lead);
+  loss_of(plan, lead, output, x0, f, g, weight, noise, op);
+  plan.check_device(result, "loss");
+  if (result.ndim != 1 || result.shape[0] != plan.samples() || type_of(result, "loss") != Type::f32 ||
+      (plan.samples() > 1 && result.strides[0] != 1))
+    refuse("loss must be contiguous float32, one per sample");
+  op.loss = reinterpret_cast<float*>(result.data());
+  op.space = plan.space(false);
+  run(op, plan.device(), threads, kernels->diffusion_loss, ON_CUDA(diffusion_loss));
+}
+
+void diffusion_loss_backward_(py::handle grad, py::handle output, py::handle x0, py::handle f, py::handle g,
+                              py::handle weight, py::handle noise, py::handle gradient, int threads) {
+  DiffusionLoss op;
+  const Tensor lead = tensor_of(x0, "x0");
+  Plan plan(lead);
+  loss_of(plan, lead, output, x0, f, g, weight, noise, op);
+  plan.add(op.gradient, gradient, "gradient", 0, is_wide(gradient, lead));
+  op.grad = plan.scalar(grad, "grad");
+  op.space = plan.space(false);
+  run(op, plan.device(), threads, kernels->diffusion_loss_backward, ON_CUDA(diffusion_loss_backward));
+}
+
+const uint32_t* words_of(const py::buffer_info& info, int64_t width, int64_t count) {
+  if (info.format != py::format_descriptor<uint32_t>::format() || info.ndim != 2 || info.shape[1] != width ||
+      info.shape[0] != count || info.strides[1] != 4 || info.strides[0] != 4 * width)
+    refuse("counters, keys and words must be contiguous uint32 [n, 4], [n, 2], [n, 4]");
+  return static_cast<const uint32_t*>(info.ptr);
+}
+
+void philox_(py::buffer counters, py::buffer keys, py::buffer words) {
+  const py::buffer_info c = counters.request(), k = keys.request(), w = words.request(true);
+  const int64_t count = c.ndim == 2 ? c.shape[0] : 0;
+  kernels->philox(words_of(c, 4, count), words_of(k, 2, count), const_cast<uint32_t*>(words_of(w, 4, count)), count);
+}
+
+bool supported(const Kernels* level) {
+#if defined(__x86_64__)
+  if (level == &avx512) return __builtin_cpu_supports("x86-64-v4");
+  if (level == &avx2) return __builtin_cpu_supports("x86-64-v3");
+#endif
+  return level == &baseline;
+}
+
+#if defined(__x86_64__)
+const Kernels* const LEVELS[] = {&avx512, &avx2, &baseline};
+#else
+const Kernels* const LEVELS[] = {&baseline};
+#endif
+
+void use(const std::string& name) {
+  for (const Kernels* level : LEVELS)
+    if (name == level->name && supported(level)) {
+      kernels = level;
+      return;
+    }
+  refuse("no instruction set " + name + " here");
+}
+
+}  // namespace
+}  // namespace fastdiff
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastdiff;
+  const py::object type = py::module_::import("torch").attr("Tensor");
+  tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+  if (!py::hasattr(type, "__dlpack_c_exchange_api__"))
+    throw py::import_error("this torch has no DLPack exchange interface (__dlpack_c_exchange_api__)");
+  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+  api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api || api->header.major != 1 || !api->tensor_from_object) {
+    PyErr_Clear();
+    throw py::import_error("this torch's DLPack exchange interface is of another version");
+  }
+  for (const Kernels* level : LEVELS)
+    if (supported(level)) {
+      kernels = level;
+      break;
+    }
+  m.def("normal", normal_);
+  m.def("add_noise", add_noise_);
+  m.def("guide", guide_);
+  m.def("affine_step", affine_step_);
+  m.def("diffusion_loss", diffusion_loss_);
+  m.def("diffusion_loss_backward", diffusion_loss_backward_);
+  m.def("philox", philox_);
+  m.def("level", [] { return kernels->name; });
+  m.def("levels", [] {
+    py::list names;
+    for (const Kernels* level : LEVELS)
+      if (supported(level)) names.append(level->name);
+    return names;
+  });
+  m.def("use", use);
+#if defined(FASTDIFF_CUDA)
+  m.attr("cuda") = true;
+#else
+  m.attr("cuda") = false;
+#endif
+}

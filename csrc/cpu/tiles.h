@@ -1,0 +1,321 @@
+// The ops on the CPU. A tile of a sample is fetched into float32 (where it is not flat float32 already), computed in
+// simple loops over the tile, which stays in the first-level cache, and stored. Threads share the tiles.
+#include <algorithm>
+#include <vector>
+
+#include "../number.h"
+#include "kernels.h"
+#include "philox_lanes.h"
+
+namespace fastdiff {
+namespace {
+
+constexpr int64_t TILE = 1024;           // elements of a tile at most, a multiple of four
+constexpr int64_t WORTH_A_THREAD = 8192;  // elements below which another thread costs more than it brings
+
+struct alignas(64) Buffer {
+  float v[TILE];
+};
+
+struct Tile {
+  int64_t sample, begin, count;
+};
+
+// Calls f(run offset in the operand, position in the tile, length of the run) for runs along the last dimension.
+template <typename F>
+inline void walk(const Space& space, const Operand& operand, const Tile& tile, F f) {
+  int64_t at[MAX_DIMS], offset = tile.sample * operand.sample, rest = tile.begin;
+  for (int d = space.dims - 1; d >= 0; --d) {
+    at[d] = rest % space.size[d], rest /= space.size[d];
+    offset += at[d] * operand.stride[d];
+  }
+  const int last = space.dims - 1;
+  for (int64_t done = 0; done < tile.count;) {
+    const int64_t run = std::min(space.size[last] - at[last], tile.count - done);
+    f(offset, done, run);
+    done += run, at[last] += run, offset += run * operand.stride[last];
+    for (int d = last; d > 0 && at[d] == space.size[d]; --d) {
+      offset += operand.stride[d - 1] - at[d] * operand.stride[d];
+      at[d] = 0, ++at[d - 1];
+    }
+  }
+}
+
+template <typename T, typename F>
+inline void gather(const Space& space, const Operand& operand, const Tile& tile, float* to, F convert) {
+  const int64_t stride = operand.stride[space.dims - 1];
+  walk(space, operand, tile, [&](int64_t offset, int64_t position, int64_t run) {
+    const T* from = reinterpret_cast<const T*>(operand.data) + offset;
+    float* out = to + position;
+    if (stride == 1) {
+      for (int64_t i = 0; i < run; ++i) out[i] = convert(from[i]);
+    } else {
+      for (int64_t i = 0; i < run; ++i) out[i] = convert(from[i * stride]);
+    }
+  });
+}
+
+template <typename T, typename F>
+inline void scatter(const Space& space, const Operand& operand, const Tile& tile, const float* from, F convert) {
+  const int64_t stride = operand.stride[space.dims - 1];
+  walk(space, operand, tile, [&](int64_t offset, int64_t position, int64_t run) {
+    T* to = reinterpret_cast<T*>(operand.data) + offset;
+    const float* in = from + position;
+    if (stride == 1) {
+      for (int64_t i = 0; i < run; ++i) to[i] = convert(in[i]);
+    } else {
+      for (int64_t i = 0; i < run; ++i) to[i * stride] = convert(in[i]);
+    }
+  });
+}
+
+inline float* flat(const Operand& operand, const Tile& tile) {
+  return reinterpret_cast<float*>(operand.data) + tile.sample * operand.sample + tile.begin;
+}
+
+// The tile of an operand as float32: where it lies, or brought into the buffer.
+inline const float* fetch(const Space& space, const Operand& operand, const Tile& tile, Buffer& buffer) {
+  if (operand.flat) return flat(operand, tile);
+  float* to = buffer.v;
+  switch (operand.type) {
+    case Type::f32: gather<float>(space, operand, tile, to, [](float x) { return x; }); break;
+    case Type::f64: gather<double>(space, operand, tile, to, [](double x) { return float(x); }); break;
+    case Type::bf16: gather<uint16_t>(space, operand, tile, to, [](uint16_t x) { return from_bf16(x); }); break;
+    case Type::f16: gather<uint16_t>(space, operand, tile, to, [](uint16_t x) { return from_f16(x); }); break;
+  }
+  return to;
+}
+
+// Where to compute a result: in its own memory if it is flat, else in the buffer, from which `store` takes it.
+inline float* target(const Operand& operand, const Tile& tile, Buffer& buffer) {
+  return operand.data && operand.flat ? flat(operand, tile) : buffer.v;
+}
+
+inline void store(const Space& space, const Operand& operand, const Tile& tile, const float* from) {
+  if (!operand.data) return;
+  if (operand.flat) {
+    float* to = flat(operand, tile);
+    if (to != from) std::copy(from, from + tile.count, to);
+    return;
+  }
+  switch (operand.type) {
+    case Type::f32: scatter<float>(space, operand, tile, from, [](float x) { return x; }); break;
+    case Type::f64: scatter<double>(space, operand, tile, from, [](float x) { return double(x); }); break;
+    case Type::bf16: scatter<uint16_t>(space, operand, tile, from, [](float x) { return to_bf16(x); }); break;
+    case Type::f16: scatter<uint16_t>(space, operand, tile, from, [](float x) { return to_f16(x); }); break;
+  }
+}
+
+// The noise of a tile. Quads run along a row-major sample; a walk in another order takes its normals one run of
+// four at a time and keeps those it needs.
+inline const float* noise_of(const Space& space, const Noise& noise, const Tile& tile, Buffer& buffer) {
+  if (!noise.drawn) return fetch(space, noise.given, tile, buffer);
+  const Counter at = counter(noise, tile.sample);
+  if (noise.element.flat) {
+    const int64_t first = tile.begin / 4, quads = (tile.begin + tile.count + 3) / 4 - first;
+    draw(buffer.v, uint32_t(first), quads, at);
+    return buffer.v;
+  }
+  // Channels last: the channels are the last dimension, and along the positions before them elements are
+  // consecutive. Each channel's run of positions is drawn on its own.
+  const int last = space.dims - 1;
+  const int64_t channels = space.size[last], plane = noise.element.stride[last];
+  const int64_t from = tile.begin / channels, to = (tile.begin + tile.count - 1) / channels + 1;
+  float run[TILE + 8];
+  for (int64_t c = 0; c < channels; ++c) {
+    const int64_t element = c * plane + from, first = element / 4, quads = (c * plane + to + 3) / 4 - first;
+    draw(run, uint32_t(first), quads, at);
+    for (int64_t p = from; p < to; ++p) {
+      const int64_t position = p * channels + c - tile.begin;
+      if (position >= 0 && position < tile.count) buffer.v[position] = run[c * plane + p - 4 * first];
+    }
+  }
+  return buffer.v;
+}
+
+// Runs f(tile) for every tile of every sample.
+template <typename F>
+inline void for_tiles(const Space& space, int threads, F f) {
+  const int64_t tiles = (space.elements + TILE - 1) / TILE, total = space.samples * tiles;
+  const int64_t worth = space.samples * space.elements / WORTH_A_THREAD;
+  const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+  for (int64_t i = 0; i < total; ++i) {
+    const int64_t begin = i % tiles * TILE;
+    f(Tile{i / tiles, begin, std::min(TILE, space.elements - begin)});
+  }
+}
+
+#define FOR(i, n) _Pragma("GCC ivdep") for (int64_t i = 0; i < (n); ++i)
+
+void normal(const Normal& op, int threads) {
+  for_tiles(op.space, threads, [&](const Tile& tile) {
+    Buffer buffer;
+    const bool whole = op.result.flat && op.noise.element.flat && tile.count % 4 == 0;
+    if (whole) {
+      draw(flat(op.result, tile), uint32_t(tile.begin / 4), tile.count / 4, counter(op.noise, tile.sample));
+    } else {
+      store(op.space, op.result, tile, noise_of(op.space, op.noise, tile, buffer));
+    }
+  });
+}
+
+void add_noise(const AddNoise& op, int threads) {
+  for_tiles(op.space, threads, [&](const Tile& tile) {
+    Buffer bx, bz, by;
+    const float alpha = of_sample(op.alpha, tile.sample), sigma = of_sample(op.sigma, tile.sample);
+    const float* x0 = fetch(op.space, op.x0, tile, bx);
+    const float* z = noise_of(op.space, op.noise, tile, bz);
+    float* y = target(op.result, tile, by);
+    FOR(i, tile.count) y[i] = alpha * x0[i] + sigma * z[i];
+    store(op.space, op.result, tile, y);
+  });
+}
+
+void guide(const Guide& op, int threads) {
+  for_tiles(op.space, threads, [&](const Tile& tile) {
+    Buffer bc, bu, by;
+    const float scale = of_sample(op.scale, tile.sample);
+    const float* cond = fetch(op.space, op.cond, tile, bc);
+    const float* uncond = fetch(op.space, op.uncond, tile, bu);
+    float* y = target(op.result, tile, by);
+    FOR(i, tile.count) y[i] = uncond[i] + scale * (cond[i] - uncond[i]);
+    store(op.space, op.result, tile, y);
+  });
+}
+
+inline float clamp(float x, float bound) { return x < -bound ? -bound : x > bound ? bound : x; }
+
+void affine_step(const AffineStep& op, int threads) {
+  const Space& space = op.space;
+  for_tiles(space, threads, [&](const Tile& tile) {
+    const int64_t n = tile.count, row = of_sample(op.row, tile.sample);
+    if (row < 0 || row >= op.rows) return;
+    Row r;
+    memcpy(&r, op.table + row * LETTERS, sizeof r);
+    Buffer bx, bo, bx0, by, buffer;
+    const float* x = fetch(space, op.x, tile, bx);
+    const float* output = fetch(space, op.output, tile, bo);
+    float* x0 = target(op.x0, tile, bx0);
+    if (op.uncond.data) {
+      const float* uncond = fetch(space, op.uncond, tile, buffer);
+      FOR(i, n) x0[i] = clamp(r.p * x[i] + r.q * (uncond[i] + r.w * (output[i] - uncond[i])), r.clip);
+    } else {
+      FOR(i, n) x0[i] = clamp(r.p * x[i] + r.q * output[i], r.clip);
+    }
+    store(space, op.x0, tile, x0);
+
+    // x may be overwritten only when nothing more is made of it.
+    const bool last_use = !op.push.data && !op.next_anchor.data;
+    float* next = last_use ? target(op.next, tile, by) : by.v;
+    FOR(i, n) next[i] = r.a * x[i] + r.b * x0[i];
+    for (int j = 0; j < 3 && op.history[j].data; ++j) {
+      const float* h = fetch(space, op.history[j], tile, buffer);
+      FOR(i, n) next[i] += r.c[j] * h[i];
+    }
+    if (op.anchor.data) {
+      const float* anchor = fetch(space, op.anchor, tile, buffer);
+      FOR(i, n) next[i] += r.e * anchor[i];
+      if (op.next_anchor.data) {
+        float* kept = target(op.next_anchor, tile, buffer);
+        FOR(i, n) kept[i] = r.k * anchor[i] + r.m * x[i] + r.n * x0[i];
+        store(space, op.next_anchor, tile, kept);
+      }
+    }
+    if (op.noise.drawn || op.noise.given.data) {
+      const float* z = noise_of(space, op.noise, tile, buffer);
+      if (op.fraction.data) {
+        const float* v = fetch(space, op.fraction, tile, bo);
+        FOR(i, n) {
+          const float f = (1.0f + v[i]) / 2.0f;
+          next[i] += r.s * exponential((f * r.hi + (1.0f - f) * r.lo) / 2.0f) * z[i];
+        }
+      } else {
+        FOR(i, n) next[i] += r.s * z[i];
+      }
+    }
+    if (op.push.data) {
+      float* push = target(op.push, tile, buffer);
+      FOR(i, n) push[i] = r.u * x[i] + r.v * x0[i];
+      store(space, op.push, tile, push);
+    }
+    store(space, op.next, tile, next);
+    if (op.input.data) {
+      const int64_t after = std::min(row + 1, op.rows - 1);
+      const float c_in = op.table[after * LETTERS];
+      float* input = target(op.input, tile, buffer);
+      FOR(i, n) input[i] = c_in * next[i];
+      store(space, op.input, tile, input);
+    }
+  });
+}
+
+// Sixteen sums side by side, whatever the width of the machine, then one: the same bits at every level.
+inline double sum_of_squares(const float* difference, int64_t n) {
+  constexpr int LANES = 16;
+  float sums[LANES] = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int j = 0; j < LANES; ++j) sums[j] += difference[i + j] * difference[i + j];
+  double total = 0;
+  for (int j = 0; j < LANES; ++j) total += double(sums[j]);
+  for (; i < n; ++i) total += double(difference[i] * difference[i]);
+  return total;
+}
+
+// output - (f x0 + g z)
+inline const float* difference(const DiffusionLoss& op, const Tile& tile, float* to, Buffer& bo, Buffer& bx) {
+  const float f = of_sample(op.f, tile.sample), g = of_sample(op.g, tile.sample);
+  Buffer bz;
+  const float* output = fetch(op.space, op.output, tile, bo);
+  const float* x0 = fetch(op.space, op.x0, tile, bx);
+  const float* z = noise_of(op.space, op.noise, tile, bz);
+  FOR(i, tile.count) to[i] = output[i] - (f * x0[i] + g * z[i]);
+  return to;
+}
+
+void diffusion_loss(const DiffusionLoss& op, int threads) {
+  const int64_t tiles = (op.space.elements + TILE - 1) / TILE;
+  std::vector<double> partial(size_t(op.space.samples * tiles));
+  for_tiles(op.space, threads, [&](const Tile& tile) {
+    Buffer bo, bx, bd;
+    const float* d = difference(op, tile, bd.v, bo, bx);
+    partial[size_t(tile.sample * tiles + tile.begin / TILE)] = sum_of_squares(d, tile.count);
+  });
+  for (int64_t sample = 0; sample < op.space.samples; ++sample) {
+    double total = 0;
+    for (int64_t i = 0; i < tiles; ++i) total += partial[size_t(sample * tiles + i)];
+    op.loss[sample] = of_sample(op.weight, sample) * float(total / double(op.space.elements));
+  }
+}
+
+void diffusion_loss_backward(const DiffusionLoss& op, int threads) {
+  for_tiles(op.space, threads, [&](const Tile& tile) {
+    Buffer bo, bx, bd;
+    const float each = 2.0f / float(op.space.elements);
+    const float slope = of_sample(op.grad, tile.sample) * of_sample(op.weight, tile.sample) * each;
+    difference(op, tile, bd.v, bo, bx);
+    float* gradient = target(op.gradient, tile, bx);
+    FOR(i, tile.count) gradient[i] = slope * bd.v[i];
+    store(op.space, op.gradient, tile, gradient);
+  });
+}
+
+void philox_words(const uint32_t* counters, const uint32_t* keys, uint32_t* words, int64_t count) {
+  alignas(64) uint64_t block[4][BLOCK];
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t* c = counters + 4 * i;
+    // Through the lanes the kernels use, each lane in turn.
+    const int lane = int(i % BLOCK);
+    philox_block(block, c[0] - uint32_t(lane), {c[1], c[2], c[3], keys[2 * i], keys[2 * i + 1]});
+    for (int j = 0; j < 4; ++j) words[4 * i + j] = uint32_t(block[j][lane]);
+  }
+}
+
+}  // namespace
+
+const Kernels LEVEL = {LEVEL_NAME,     normal,         add_noise,
+                       guide,          affine_step,    diffusion_loss,
+                       diffusion_loss_backward, philox_words};
+
+}  // namespace fastdiff

@@ -1,0 +1,53 @@
+// Numbers as tensors keep them (float32, bfloat16, float16, float64) and the one function beside Box-Muller's.
+#pragma once
+
+#include "platform.h"
+
+namespace fastdiff {
+
+FD_HD float from_bf16(uint16_t value) { return bits_as<float>(uint32_t(value) << 16); }
+
+FD_HD uint16_t to_bf16(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return uint16_t(value == value ? rounded : ((bits >> 16) | 0x40u));
+}
+
+FD_HD float from_f16(uint16_t value) {
+  const uint32_t magnitude = value & 0x7FFFu, sign = uint32_t(value & 0x8000u) << 16;
+  // Normal and infinite: move the exponent. Subnormal: the integer times 2^-24.
+  const uint32_t moved = (magnitude << 13) + (magnitude >= 0x7C00u ? 0x70000000u : 0x38000000u);
+  const uint32_t small = bits_as<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f);
+  return bits_as<float>((magnitude < 0x400u ? small : moved) | sign);
+}
+
+FD_HD uint16_t to_f16(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu, sign = (bits >> 16) & 0x8000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 1/2 makes the sum's last place 2^-24, which rounds a subnormal as it should be.
+  const uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000u;
+  uint32_t result = magnitude < 0x38800000u ? small : normal;
+  result = magnitude >= 0x47800000u ? 0x7C00u : result;
+  result = magnitude > 0x7F800000u ? 0x7E00u : result;
+  return uint16_t(result | sign);
+}
+
+// exp(x) to about one unit in the last place, 0 and infinity beyond the range of float32; NaN stays.
+FD_HD float exponential(float x) {
+  float bounded = x < -104.0f ? -104.0f : x;
+  bounded = bounded > 89.0f ? 89.0f : bounded;
+  // Adding 1.5 * 2^23 rounds to a whole number.
+  const float k = (bounded * 0x1.715476p+0f + 0x1.8p23f) - 0x1.8p23f;
+  const float f = fma(k, 0x1.05c610p-29f, fma(k, -0x1.62e430p-1f, bounded));
+  float p = fma(0x1.6dbc68p-10f, f, 0x1.124148p-7f);
+  p = fma(p, f, 0x1.555454p-5f);
+  p = fma(p, f, 0x1.555486p-3f);
+  p = fma(p, f, 0.5f);
+  const float e = 1.0f + fma(f * f, p, f);
+  // 2^k in two factors, each of them a normal number.
+  const int32_t whole = int32_t(k == k ? k : 0.0f), half = whole >> 1;
+  return e * bits_as<float>((half + 127) << 23) * bits_as<float>((whole - half + 127) << 23);
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,124 @@
+// What a kernel is given: the space it walks over, its operands in that order, a row of coefficients, and where
+// its noise comes from. Plain data, the same on host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "platform.h"
+
+namespace fastdiff {
+
+enum class Type : int32_t { f32, f64, bf16, f16 };
+
+constexpr int MAX_DIMS = 6;
+
+// Elements of one sample in the order they are walked: row-major, or channels last.
+struct Space {
+  int64_t samples = 0, elements = 0;
+  int dims = 0;
+  int64_t size[MAX_DIMS] = {};
+};
+
+// A tensor [samples, ...]; absent when data is null. Flat: one float32 after the other in the order of the walk.
+struct Operand {
+  char* data = nullptr;
+  Type type = Type::f32;
+  bool flat = false;
+  int64_t sample = 0;
+  int64_t stride[MAX_DIMS] = {};
+};
+
+// One number, or one per sample, float32 or (wide) float64.
+struct Scalar {
+  const void* each = nullptr;
+  bool wide = false;
+  int64_t stride = 0;
+  float value = 0;
+};
+
+// One whole number, or one per sample.
+struct Index {
+  const int64_t* each = nullptr;
+  int64_t stride = 0;
+  int64_t value = 0;
+};
+
+// Address of the noise (seed, step, sample, stream), or the noise itself as an operand. `element` is the
+// row-major index of an element, as an operand without data.
+struct Noise {
+  bool drawn = false, numbered = false;  // numbered: sample n has id n unless `sample` says otherwise
+  Index seed, step, sample;
+  uint32_t stream = 0;
+  Operand given, element;
+};
+
+// The letters of fastdiff/ops/row.py, in its order.
+struct Row {
+  float c_in, w, p, q, clip, a, b, c[3], e, s, lo, hi, u, v, k, m, n;
+};
+constexpr int LETTERS = sizeof(Row) / sizeof(float);
+
+struct AffineStep {
+  Space space;
+  const float* table;
+  int64_t rows;
+  Index row;
+  Operand x, output, fraction, uncond, history[3], anchor;
+  Noise noise;
+  Operand next, x0, push, next_anchor, input;
+};
+
+struct AddNoise {
+  Space space;
+  Operand x0;
+  Scalar alpha, sigma;
+  Noise noise;
+  Operand result;
+};
+
+struct Guide {
+  Space space;
+  Operand cond, uncond;
+  Scalar scale;
+  Operand result;
+};
+
+// forward: loss [N]; backward: gradient, with the gradient of the loss in `grad`.
+struct DiffusionLoss {
+  Space space;
+  Operand output, x0;
+  Scalar f, g, weight, grad;
+  Noise noise;
+  float* loss;
+  Operand gradient;
+};
+
+struct Normal {
+  Space space;
+  Noise noise;
+  Operand result;
+};
+
+FD_HD float of_sample(const Scalar& scalar, int64_t sample) {
+  if (!scalar.each) return scalar.value;
+  const int64_t at = sample * scalar.stride;
+  return scalar.wide ? float(static_cast<const double*>(scalar.each)[at]) : static_cast<const float*>(scalar.each)[at];
+}
+
+FD_HD int64_t of_sample(const Index& index, int64_t sample) {
+  return index.each ? index.each[sample * index.stride] : index.value;
+}
+
+// The part of a Philox counter and the key that a sample's noise shares.
+struct Counter {
+  uint32_t step, sample, stream, key0, key1;
+};
+
+FD_HD Counter counter(const Noise& noise, int64_t sample) {
+  const uint64_t seed = uint64_t(of_sample(noise.seed, sample));
+  const int64_t id = noise.numbered ? sample : of_sample(noise.sample, sample);
+  const uint32_t step = uint32_t(of_sample(noise.step, sample));
+  return {step, uint32_t(id), noise.stream, uint32_t(seed), uint32_t(seed >> 32)};
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,100 @@
+"""Which backend runs an op: native (C++, CUDA C++), triton, or reference.
+
+A backend is the module ``fastdiff.ops.<name>`` with a function for each op it can run; its optional function
+``refuses(op, device, dtype)`` gives the reason why it cannot run one there. ``auto`` takes the first of ``BACKENDS``
+that serves; an explicit choice that cannot be served raises with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastdiff.errors import InputError, choose
+
+BACKENDS = ("native", "triton", "reference")
+OPS = ("normal", "add_noise", "posterior_step", "ddim_step", "guide", "affine_step", "diffusion_loss", "group_norm_silu")
+SHARED_BODY = {"posterior_step": "affine_step", "ddim_step": "affine_step"}
+DIFFERENTIABLE = "reference"  # the backend whose bodies are made of differentiable operations
+_choice: ContextVar[str] = ContextVar("fastdiff_backend", default="auto")
+Body = Callable[..., Any]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run ops on one backend inside a ``with`` block: ``auto``, ``reference``, ``native`` or ``triton``.
+
+    Raises:
+        InputError: an unknown name, or a backend that is not available here (with the reason).
+    """
+    choose("backend", name, ("auto", *BACKENDS))
+    if name != "auto":
+        module, reason = load(name)
+        if module is None:
+            raise InputError(f"backend {name!r} is not available: {reason}")
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def body(op: str, device: torch.device, dtype: torch.dtype, *, differentiable: bool = False) -> Body:
+    """The function that runs ``op`` on ``device`` with its state in ``dtype`` under the current choice.
+
+    ``differentiable`` asks for one that autograd can follow.
+    """
+    return _body(_choice.get(), op, device.type, dtype, differentiable)
+
+
+def explain(device: torch.device | str = "cpu") -> str:
+    """Say which backend would run each op (float32) on ``device`` under the current choice, and why not another."""
+    kind, choice = torch.device(device).type, _choice.get()
+    lines = [f"backend choice: {choice}, device: {device}"]
+    for op in OPS:
+        verdicts = {name: _serve(name, SHARED_BODY.get(op, op), kind, torch.float32, False)[1] for name in BACKENDS}
+        allowed = [name for name in BACKENDS if choice in ("auto", name) and not verdicts[name]]
+        others = "; ".join(f"not {name}: {reason}" for name, reason in verdicts.items() if reason)
+        lines.append(f"{op:<16} {allowed[0] if allowed else 'nothing'}" + (f"  ({others})" if others else ""))
+    return "\n".join(lines)
+
+
+@cache
+def load(name: str) -> tuple[ModuleType | None, str]:
+    """The module of a backend, or None with the reason why there is none."""
+    try:
+        return importlib.import_module(f"fastdiff.ops.{name}"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+@cache
+def _body(choice: str, op: str, device: str, dtype: torch.dtype, differentiable: bool) -> Body:
+    reasons = {}
+    for name in BACKENDS if choice == "auto" else (choice,):
+        function, reasons[name] = _serve(name, op, device, dtype, differentiable)
+        if function is not None:
+            return function
+    raise InputError(f"{op} on {device}: " + "; ".join(f"{name} {reason}" for name, reason in reasons.items()))
+
+
+def _serve(name: str, op: str, device: str, dtype: torch.dtype, differentiable: bool) -> tuple[Body | None, str]:
+    """The function of a backend for an op, or None with the reason."""
+    module, reason = load(name)
+    if module is None:
+        return None, reason
+    function = getattr(module, op, None)
+    if function is None:
+        return None, f"has no {op}"
+    if differentiable and name != DIFFERENTIABLE:
+        return None, f"has no gradient of {op}"
+    refuses = getattr(module, "refuses", None)
+    reason = refuses(op, device, dtype) if refuses else ""
+    return (None, reason) if reason else (function, "")

@@ -1,0 +1,241 @@
+"""The ops as PyTorch knows them: ``torch.ops.fastdiff``, with shapes, gradients and mutation declared.
+
+torch.compile and autograd go through here and see one opaque op each; eager calls that need neither call a body
+directly. Either way the backend is chosen when the op runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.backends import body
+from fastdiff.noise import Address, draw
+
+NOISE = "Tensor? noise, int[] place, Tensor? seed, Tensor? step, Tensor? sample"
+Noise = Tensor | Address | None
+Flat = tuple[Tensor | None, list[int], Tensor | None, Tensor | None, Tensor | None]
+
+_library = torch.library.Library("fastdiff", "DEF")
+_library.define(f"add_noise(Tensor x0, Tensor alpha, Tensor sigma, {NOISE}) -> Tensor")
+_library.define(f"diffusion_loss(Tensor output, Tensor x0, Tensor f, Tensor g, Tensor weight, {NOISE}) -> Tensor")
+_library.define(
+    "diffusion_loss_backward(Tensor grad, Tensor output, Tensor x0, Tensor f, Tensor g, Tensor weight,"
+    f" {NOISE}) -> Tensor"
+)
+_library.define("guide(Tensor cond, Tensor uncond, Tensor scale, Tensor(a!) result) -> ()")
+_library.define(
+    "affine_step(Tensor x, Tensor output, Tensor table, int row, Tensor? rows, Tensor? uncond, Tensor[] history,"
+    f" Tensor? anchor, {NOISE}, Tensor(a!) x_result, Tensor(b!)? x0_result, Tensor(c!)? h1_result,"
+    " Tensor(d!)? anchor_result, Tensor(e!)? input_result) -> ()"
+)
+
+
+def traced(*values: Any) -> bool:
+    """Whether PyTorch has to see the call: it is being compiled, or a gradient has to flow."""
+    return torch.compiler.is_compiling() or needs_grad(*values) or torch._C._len_torch_dispatch_stack() > 0
+
+
+def needs_grad(*values: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 stays, everything else is computed in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- calls ----------------------------------------------------------------------------------
+
+
+def add_noise(x0: Tensor, alpha: Tensor | float, sigma: Tensor | float, noise: Noise) -> Tensor:
+    result: Tensor = torch.ops.fastdiff.add_noise(x0, _tensor(alpha), _tensor(sigma), *_flat(noise))
+    return result
+
+
+def diffusion_loss(output: Tensor, x0: Tensor, f: Tensor, g: Tensor, weight: Tensor, noise: Noise) -> Tensor:
+    result: Tensor = torch.ops.fastdiff.diffusion_loss(output, x0, f, g, weight, *_flat(noise))
+    return result
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, result: Tensor) -> None:
+    torch.ops.fastdiff.guide(cond, uncond, _tensor(scale), result)
+
+
+def affine_step(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: int | Tensor,
+    uncond: Tensor | None,
+    history: tuple[Tensor, ...],
+    anchor: Tensor | None,
+    noise: Noise,
+    results: tuple[Tensor | None, ...],
+) -> None:
+    number, rows = (0, row) if isinstance(row, Tensor) else (row, None)
+    torch.ops.fastdiff.affine_step(
+        x, output, table, number, rows, uncond, list(history), anchor, *_flat(noise), *results
+    )
+
+
+def _tensor(value: Tensor | float) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _number(value: Tensor) -> Tensor | float:
+    return value if value.ndim else value.item()
+
+
+def _flat(noise: Noise) -> Flat:
+    """Noise as arguments of a schema."""
+    if not isinstance(noise, Address):
+        return noise, [], None, None, None
+    (seed, seeds), (step, steps) = (
+        (0, v) if isinstance(v, Tensor) else (v, None) for v in (noise.seed, noise.step)
+    )
+    return None, [seed, step, noise.stream], seeds, steps, noise.sample
+
+
+def _noise(
+    noise: Tensor | None, place: list[int], seed: Tensor | None, step: Tensor | None, sample: Tensor | None
+) -> Any:
+    if not place:
+        return noise
+    return Address(place[0] if seed is None else seed, place[1] if step is None else step, sample, place[2])
+
+
+# ---- what runs ------------------------------------------------------------------------------
+
+
+def _run_add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, *noise: Any) -> Tensor:
+    result = torch.empty_like(x0)
+    body("add_noise", x0.device, wide(x0))(x0, _number(alpha), _number(sigma), _noise(*noise), result)
+    return result
+
+
+def _run_diffusion_loss(output: Tensor, x0: Tensor, f: Tensor, g: Tensor, weight: Tensor, *noise: Any) -> Tensor:
+    result = _shape_of_loss(output, x0)
+    body("diffusion_loss", x0.device, wide(x0))(output, x0, f, g, weight, _noise(*noise), result)
+    return result
+
+
+def _run_diffusion_loss_backward(
+    grad: Tensor, output: Tensor, x0: Tensor, f: Tensor, g: Tensor, weight: Tensor, *noise: Any
+) -> Tensor:
+    # The second half of a wide output gets no gradient.
+    result = torch.empty_like(output) if output.shape == x0.shape else torch.zeros_like(output)
+    body("diffusion_loss_backward", x0.device, wide(x0))(grad, output, x0, f, g, weight, _noise(*noise), result)
+    return result
+
+
+def _run_guide(cond: Tensor, uncond: Tensor, scale: Tensor, result: Tensor) -> None:
+    body("guide", cond.device, wide(cond))(cond, uncond, _number(scale), result)
+
+
+def _run_affine_step(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: int,
+    rows: Tensor | None,
+    uncond: Tensor | None,
+    history: list[Tensor],
+    anchor: Tensor | None,
+    *rest: Any,
+) -> None:
+    noise, results = _noise(*rest[:5]), rest[5:]
+    at = row if rows is None else rows
+    body("affine_step", x.device, x.dtype)(x, output, table, at, uncond, tuple(history), anchor, noise, results)
+
+
+def _shape_of_loss(output: Tensor, x0: Tensor, *_: Any) -> Tensor:
+    return torch.empty(x0.shape[0], dtype=wide(x0), device=x0.device)
+
+
+for _name, _function in (
+    ("add_noise", _run_add_noise),
+    ("diffusion_loss", _run_diffusion_loss),
+    ("diffusion_loss_backward", _run_diffusion_loss_backward),
+    ("guide", _run_guide),
+    ("affine_step", _run_affine_step),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+torch.library.register_fake("fastdiff::add_noise", lambda x0, *_: torch.empty_like(x0), lib=_library)
+torch.library.register_fake("fastdiff::diffusion_loss", _shape_of_loss, lib=_library)
+torch.library.register_fake(
+    "fastdiff::diffusion_loss_backward", lambda grad, output, *_: torch.empty_like(output), lib=_library
+)
+torch.library.register_fake("fastdiff::guide", lambda *_: None, lib=_library)
+torch.library.register_fake("fastdiff::affine_step", lambda *_: None, lib=_library)
+
+
+# ---- gradients ------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the arguments: tensors as autograd keeps them, the rest as they are. Addressed noise is not among them."""
+    ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
+    ctx.others = [None if isinstance(v, Tensor) else (v,) for v in inputs]
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if other is None else other[0] for other in ctx.others]
+
+
+def _spread(value: Tensor, x: Tensor) -> Tensor:
+    value = value.to(x.device, wide(x))
+    return value.reshape(-1, *(1,) * (x.ndim - 1)) if value.ndim else value
+
+
+def _sum_like(product: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of a number, or one per sample, from that of its product with an element."""
+    total = product.flatten(1).sum(1)
+    return (total if scale.ndim else total.sum()).to(scale.device, scale.dtype)
+
+
+def _drawn(x0: Tensor, *noise: Any) -> Tensor:
+    source = _noise(*noise)
+    return (source if isinstance(source, Tensor) else draw(x0.shape, source, x0.device)).to(wide(x0))
+
+
+def _add_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x0, alpha, sigma, *noise = _saved(ctx)
+    g, needs = grad.to(wide(x0)), ctx.needs_input_grad
+    return (
+        (_spread(alpha, x0) * g).to(x0.dtype) if needs[0] else None,
+        _sum_like(g * x0, alpha) if needs[1] else None,
+        _sum_like(g * _drawn(x0, *noise), sigma) if needs[2] else None,
+        (_spread(sigma, x0) * g).to(noise[0].dtype) if needs[3] else None,
+        *(None,) * 4,
+    )
+
+
+def _diffusion_loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    output, x0, f, g, weight, *noise = _saved(ctx)
+    needs = ctx.needs_input_grad
+    if not any(needs[1:]) and not torch.is_grad_enabled():
+        slope = torch.ops.fastdiff.diffusion_loss_backward(grad, output, x0, f, g, weight, *noise)
+        return slope, *(None,) * 9
+    # All gradients, themselves differentiable.
+    z, f_each, g_each = _drawn(x0, *noise), _spread(f, x0), _spread(g, x0)
+    channels = x0.shape[1]
+    difference = output[:, :channels].to(wide(x0)) - (f_each * x0 + g_each * z)
+    slope = _spread(grad * weight * (2 / max(difference[:1].numel(), 1)), x0) * difference
+    rest = torch.zeros_like(output[:, channels:])
+    return (
+        torch.cat((slope.to(output.dtype), rest), 1) if needs[0] else None,
+        (-f_each * slope).to(x0.dtype) if needs[1] else None,
+        _sum_like(-slope * x0, f) if needs[2] else None,
+        _sum_like(-slope * z, g) if needs[3] else None,
+        (grad * difference.square().flatten(1).mean(1)).to(weight.dtype) if needs[4] else None,
+        (-g_each * slope).to(noise[0].dtype) if needs[5] else None,
+        *(None,) * 4,
+    )
+
+
+torch.library.register_autograd("fastdiff::add_noise", _add_noise_backward, setup_context=_save, lib=_library)
+torch.library.register_autograd("fastdiff::diffusion_loss", _diffusion_loss_backward, setup_context=_save, lib=_library)
