@@ -31,6 +31,8 @@ Tensor tensor_of(py::handle object, const char* name) {
 
 bool absent(py::handle object) { return object.is_none(); }
 
+bool is_address(py::handle noise) { return PyTuple_Check(noise.ptr()); }
+
 Type type_of(const Tensor& tensor, const char* name) {
   const DataType d = tensor.dtype;
   if (d.code == CODE_FLOAT && d.bits == 32) return Type::f32;
@@ -44,12 +46,13 @@ Type type_of(const Tensor& tensor, const char* name) {
 // one piece in all of them.
 class Plan {
  public:
-  explicit Plan(const Tensor& lead) : device_(lead.device), dims_(lead.ndim - 1) {
+  // A CUDA thread makes a quad of noise, four row-major elements: there, noise decides the order.
+  explicit Plan(const Tensor& lead, bool drawn = false) : device_(lead.device), dims_(lead.ndim - 1) {
     if (dims_ < 0 || dims_ > MAX_DIMS) refuse("tensors of 1 to " + std::to_string(MAX_DIMS + 1) + " dimensions only");
     if (device_.type != CPU && device_.type != CUDA) refuse("tensors must be on the CPU or on a CUDA device");
     samples_ = lead.shape[0];
     for (int d = 0; d < dims_; ++d) shape_[d] = lead.shape[d + 1], order_[d] = d;
-    if (channels_last(lead)) std::rotate(order_, order_ + 1, order_ + dims_);
+    if (channels_last(lead) && !(drawn && device_.type == CUDA)) std::rotate(order_, order_ + 1, order_ + dims_);
   }
 
   // A tensor of the lead's shape; or with `wide`, of so many times its channels, of which this is part `part`.
@@ -114,6 +117,7 @@ class Plan {
     for (int d = 0; d < dims_; ++d) space.elements *= shape_[d];
     mark_flat();
     join(space);
+    if (device_.type == CUDA && space.dims > 2) refuse("tensors on a CUDA device must be contiguous or channels-last");
     bool one_piece = uniform;
     for (int i = 0; i < count_; ++i)
       one_piece = one_piece && operands_[i]->flat && operands_[i]->sample == space.elements;
@@ -193,7 +197,7 @@ class Plan {
 
 // None, a tensor, or the address (seed, step, sample, stream).
 void Plan::add_noise(Noise& noise, py::handle object) {
-  if (!PyTuple_Check(object.ptr())) return add(noise.given, object, "noise");
+  if (!is_address(object)) return add(noise.given, object, "noise");
   const py::tuple address = py::reinterpret_borrow<py::tuple>(object);
   if (address.size() != 4) refuse("a noise address is (seed, step, sample, stream)");
   noise.drawn = true;
@@ -236,7 +240,7 @@ void run(const Op& op, Device device, int threads, void (*on_cpu)(const Op&, int
 
 void normal_(py::handle result, py::handle noise, int threads) {
   Normal op;
-  Plan plan(tensor_of(result, "result"));
+  Plan plan(tensor_of(result, "result"), true);
   plan.add(op.result, result, "result");
   plan.add_noise(op.noise, noise);
   op.space = plan.space(false);
@@ -245,7 +249,7 @@ void normal_(py::handle result, py::handle noise, int threads) {
 
 void add_noise_(py::handle x0, py::handle alpha, py::handle sigma, py::handle noise, py::handle result, int threads) {
   AddNoise op;
-  Plan plan(tensor_of(result, "result"));
+  Plan plan(tensor_of(result, "result"), is_address(noise));
   plan.add(op.result, result, "result");
   plan.add(op.x0, x0, "x0");
   plan.add_noise(op.noise, noise);
@@ -275,7 +279,7 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
                   py::tuple history, py::handle anchor, py::handle noise, py::tuple results, int threads) {
   AffineStep op;
   const Tensor lead = tensor_of(x, "x");
-  Plan plan(lead);
+  Plan plan(lead, is_address(noise));
   plan.add(op.x, x, "x");
   const bool wide = is_wide(output, lead);
   plan.add(op.output, output, "output", 0, wide);
@@ -316,7 +320,7 @@ void diffusion_loss_(py::handle output, py::handle x0, py::handle f, py::handle 
                      py::handle noise, py::handle loss, int threads) {
   DiffusionLoss op;
   const Tensor lead = tensor_of(x0, "x0"), result = tensor_of(loss, "loss");
-  Plan plan(lead);
+  Plan plan(lead, is_address(noise));
   loss_of(plan, lead, output, x0, f, g, weight, noise, op);
   plan.check_device(result, "loss");
   if (result.ndim != 1 || result.shape[0] != plan.samples() || type_of(result, "loss") != Type::f32 ||
@@ -331,7 +335,7 @@ void diffusion_loss_backward_(py::handle grad, py::handle output, py::handle x0,
                               py::handle weight, py::handle noise, py::handle gradient, int threads) {
   DiffusionLoss op;
   const Tensor lead = tensor_of(x0, "x0");
-  Plan plan(lead);
+  Plan plan(lead, is_address(noise));
   loss_of(plan, lead, output, x0, f, g, weight, noise, op);
   plan.add(op.gradient, gradient, "gradient", 0, is_wide(gradient, lead));
   op.grad = plan.scalar(grad, "grad");
@@ -353,14 +357,14 @@ void philox_(py::buffer counters, py::buffer keys, py::buffer words) {
 }
 
 bool supported(const Kernels* level) {
-#if defined(__x86_64__)
+#if defined(FASTDIFF_LEVELS)
   if (level == &avx512) return __builtin_cpu_supports("x86-64-v4");
   if (level == &avx2) return __builtin_cpu_supports("x86-64-v3");
 #endif
   return level == &baseline;
 }
 
-#if defined(__x86_64__)
+#if defined(FASTDIFF_LEVELS)
 const Kernels* const LEVELS[] = {&avx512, &avx2, &baseline};
 #else
 const Kernels* const LEVELS[] = {&baseline};

@@ -20,8 +20,8 @@ import torch
 from fastdiff.errors import InputError, choose
 
 BACKENDS = ("native", "triton", "reference")
-OPS = ("normal", "add_noise", "posterior_step", "ddim_step", "guide", "affine_step", "diffusion_loss", "group_norm_silu")
-SHARED_BODY = {"posterior_step": "affine_step", "ddim_step": "affine_step"}
+STEPS = ("posterior_step", "ddim_step", "affine_step")  # one body runs them
+OPS = ("normal", "add_noise", "guide", *STEPS, "diffusion_loss", "group_norm_silu")
 DIFFERENTIABLE = "reference"  # the backend whose bodies are made of differentiable operations
 _choice: ContextVar[str] = ContextVar("fastdiff_backend", default="auto")
 Body = Callable[..., Any]
@@ -59,7 +59,10 @@ def explain(device: torch.device | str = "cpu") -> str:
     kind, choice = torch.device(device).type, _choice.get()
     lines = [f"backend choice: {choice}, device: {device}"]
     for op in OPS:
-        verdicts = {name: _serve(name, SHARED_BODY.get(op, op), kind, torch.float32, False)[1] for name in BACKENDS}
+        verdicts = {
+            name: _serve(name, op if op not in STEPS else "affine_step", kind, torch.float32, False)[1]
+            for name in BACKENDS
+        }
         allowed = [name for name in BACKENDS if choice in ("auto", name) and not verdicts[name]]
         others = "; ".join(f"not {name}: {reason}" for name, reason in verdicts.items() if reason)
         lines.append(f"{op:<16} {allowed[0] if allowed else 'nothing'}" + (f"  ({others})" if others else ""))

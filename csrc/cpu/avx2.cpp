@@ -1,13 +1,13 @@
-#if defined(__x86_64__)
+#include "kernels.h"
+#if defined(FASTDIFF_LEVELS)
 #define LEVEL avx2
 #define LEVEL_NAME "avx2"
 #define LEVEL_LANES 4
+// The library's headers come before the pragma: what they define must run on any processor.
 #include <immintrin.h>
 
 #include <algorithm>
 #include <vector>
-
-#include "kernels.h"
 #pragma GCC target("arch=x86-64-v3")
 #include "tiles.h"
 #endif

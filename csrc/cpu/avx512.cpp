@@ -1,13 +1,13 @@
-#if defined(__x86_64__)
+#include "kernels.h"
+#if defined(FASTDIFF_LEVELS)
 #define LEVEL avx512
 #define LEVEL_NAME "avx512"
 #define LEVEL_LANES 8
+// The library's headers come before the pragma: what they define must run on any processor.
 #include <immintrin.h>
 
 #include <algorithm>
 #include <vector>
-
-#include "kernels.h"
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #include "tiles.h"
 #endif

@@ -3,6 +3,10 @@
 
 #include "../operand.h"
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTDIFF_LEVELS  // this compiler and processor have more levels than the baseline
+#endif
+
 namespace fastdiff {
 
 struct Kernels {

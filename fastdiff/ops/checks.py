@@ -5,13 +5,14 @@ Messages are made only when something is wrong: a step on a small tensor takes m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError, check
+from fastdiff.ops.layout import is_dense
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -57,15 +58,23 @@ def check_per_sample(name: str, value: object, x: Tensor) -> None:
         raise InputError(f"{name} must hold real numbers, got {value.dtype}")
 
 
+def check_numbers(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """One number per sample, in float32 or float64."""
+    check_per_sample(name, value, x)
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
 def check_output(output: object, x: Tensor) -> None:
     """A network output: x's shape, or twice its channels."""
     check_floating("output", output)
     assert isinstance(output, Tensor)
-    shape, wide = output.shape, (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-    if (shape != x.shape and shape != wide) or output.device != x.device:
+    if output.shape == x.shape and output.device == x.device:
+        return
+    wide = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+    if output.shape != wide or output.device != x.device:
         raise InputError(
             f"output must be {list(x.shape)}, or {list(wide)} with learned variance, on {x.device},"
-            f" got {list(shape)} on {output.device}"
+            f" got {list(output.shape)} on {output.device}"
         )
 
 
@@ -101,40 +110,50 @@ def check_scale(name: str, value: Tensor | float, x: Tensor) -> Tensor | float:
     if isinstance(value, float):
         return value
     if isinstance(value, Tensor) and value.ndim:
-        check_per_sample(name, value, x)
-        return value if value.dtype in (torch.float32, torch.float64) else value.float()
+        return check_numbers(name, value, x)
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name} must be a number or one per sample, got {value!r}") from None
 
 
-def check_result(name: str, result: object, x: Tensor, dtype: torch.dtype, *, over: Iterable[Tensor] = ()) -> None:
-    """A tensor to write to: like x, in ``dtype``, dense, and sharing memory with none of the tensors ``over``."""
+def check_result(name: str, result: object, x: Tensor, dtype: torch.dtype) -> None:
+    """A tensor to write to: like x, in ``dtype``, contiguous or channels-last."""
     check_same(name, result, x)
     assert isinstance(result, Tensor)
-    if result.dtype != dtype:
+    if result.dtype is not dtype:
         raise InputError(f"{name} must be {dtype}, got {result.dtype}")
-    if not _is_dense(result):
+    if not is_dense(result):
         raise InputError(f"{name} must be contiguous or channels-last, got strides {list(result.stride())}")
-    for other in over:
-        if not torch.compiler.is_compiling() and _overlap(result, other):
-            raise InputError(f"{name} shares memory with another argument")
 
 
-def _is_dense(x: Tensor) -> bool:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
-    return x.is_contiguous() or x.is_contiguous(memory_format=last)
+def check_apart(
+    given: Sequence[Tensor | None], results: Iterable[tuple[str, Tensor | None, Sequence[Tensor | None]]]
+) -> None:
+    """No result shares memory with another or with what is given, but one may be exactly a tensor it is allowed."""
+    if torch.compiler.is_compiling():  # memory is not known then
+        return
+    taken = [(*_bytes(tensor), tensor) for tensor in given if tensor is not None]
+    for name, result, allowed in results:
+        if result is None:
+            continue
+        low, high = _bytes(result)
+        for start, end, other in taken:
+            if low < end and start < high and not _is_one_of(result, other, allowed):
+                raise InputError(f"{name} shares memory with another argument")
+        taken.append((low, high, result))
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges of two tensors meet."""
-    (a_low, a_high), (b_low, b_high) = _range(a), _range(b)
-    return a_low < b_high and b_low < a_high
+def _is_one_of(result: Tensor, other: Tensor, allowed: Sequence[Tensor | None]) -> bool:
+    """Whether the memory of a result is just that of another tensor, and one it may lie in."""
+    same = result.data_ptr() == other.data_ptr() and result.stride() == other.stride() and result.dtype == other.dtype
+    return same and any(other is tensor for tensor in allowed)
 
 
-def _range(x: Tensor) -> tuple[int, int]:
-    if not x.numel():
-        return 0, 0
+def _bytes(x: Tensor) -> tuple[int, int]:
+    """The address range of a tensor."""
+    start = x.data_ptr()
+    if x.is_contiguous():
+        return start, start + x.nbytes
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + extent * x.element_size()
+    return start, start + (extent * x.element_size() if x.numel() else 0)

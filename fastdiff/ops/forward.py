@@ -16,13 +16,15 @@ from fastdiff.backends import body
 from fastdiff.errors import InputError
 from fastdiff.ops import library
 from fastdiff.ops.checks import (
+    check_apart,
     check_floating,
+    check_numbers,
     check_output,
-    check_per_sample,
     check_result,
     check_same,
     check_scale,
 )
+from fastdiff.ops.layout import empty_like
 
 
 def add_noise(
@@ -42,7 +44,7 @@ def add_noise(
         x0: ``[N, C, ...]`` float; computed in float32 (float64 for float64) and rounded once to x0's dtype.
         alpha, sigma: a number or ``[N]``.
         noise: shape of ``x0``; when left out, the training noise of (``seed``, ``step``, ``sample``).
-        out: where to write the result, like ``x0`` and dense; may be ``x0`` itself. No gradient flows through it.
+        out: where to write the result, like ``x0`` and dense; may be ``x0`` or ``noise`` itself.
 
     Raises:
         InputError: shapes or devices that do not fit, integer tensors, neither or both of noise and seed.
@@ -53,9 +55,10 @@ def add_noise(
     if out is None:
         if library.traced(x0, alpha, sigma, noise):
             return library.add_noise(x0, alpha, sigma, source)
-        out = torch.empty_like(x0)
+        out = empty_like(x0)
     else:
-        check_result("out", out, x0, x0.dtype, over=(noise,) if noise is not None else ())
+        check_result("out", out, x0, x0.dtype)
+        check_apart((x0, noise), [("out", out, (x0, noise))])
         if library.traced(x0, alpha, sigma, noise):
             return out.copy_(library.add_noise(x0, alpha, sigma, source))
     body("add_noise", x0.device, library.wide(x0))(x0, alpha, sigma, source, out)
@@ -94,10 +97,8 @@ def diffusion_loss(
     """
     check_floating("x0", x0)
     check_output(output, x0)
-    for name, value in (("f", f), ("g", g), ("weight", weight)):
-        check_per_sample(name, value, x0)
+    f, g, weight = (check_numbers(name, v, x0) for name, v in (("f", f), ("g", g), ("weight", weight)))
     source = _noise(x0, noise, seed, step, sample)
-    f, g, weight = (check_scale(name, v, x0) for name, v in (("f", f), ("g", g), ("weight", weight)))
     if library.traced(output, x0, f, g, weight, noise):
         return library.diffusion_loss(output, x0, f, g, weight, source)
     wide = library.wide(x0)

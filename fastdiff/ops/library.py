@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdiff.backends import body
 from fastdiff.noise import Address, draw
+from fastdiff.ops.layout import empty_like
 
 NOISE = "Tensor? noise, int[] place, Tensor? seed, Tensor? step, Tensor? sample"
 Noise = Tensor | Address | None
@@ -39,7 +40,11 @@ def traced(*values: Any) -> bool:
 
 
 def needs_grad(*values: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+    if torch.is_grad_enabled():
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -93,9 +98,7 @@ def _flat(noise: Noise) -> Flat:
     """Noise as arguments of a schema."""
     if not isinstance(noise, Address):
         return noise, [], None, None, None
-    (seed, seeds), (step, steps) = (
-        (0, v) if isinstance(v, Tensor) else (v, None) for v in (noise.seed, noise.step)
-    )
+    (seed, seeds), (step, steps) = ((0, v) if isinstance(v, Tensor) else (v, None) for v in (noise.seed, noise.step))
     return None, [seed, step, noise.stream], seeds, steps, noise.sample
 
 
@@ -111,7 +114,7 @@ def _noise(
 
 
 def _run_add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, *noise: Any) -> Tensor:
-    result = torch.empty_like(x0)
+    result = empty_like(x0)
     body("add_noise", x0.device, wide(x0))(x0, _number(alpha), _number(sigma), _noise(*noise), result)
     return result
 
@@ -126,7 +129,7 @@ def _run_diffusion_loss_backward(
     grad: Tensor, output: Tensor, x0: Tensor, f: Tensor, g: Tensor, weight: Tensor, *noise: Any
 ) -> Tensor:
     # The second half of a wide output gets no gradient.
-    result = torch.empty_like(output) if output.shape == x0.shape else torch.zeros_like(output)
+    result = empty_like(output) if output.shape == x0.shape else empty_like(output).zero_()
     body("diffusion_loss_backward", x0.device, wide(x0))(grad, output, x0, f, g, weight, _noise(*noise), result)
     return result
 
@@ -163,10 +166,10 @@ for _name, _function in (
     ("affine_step", _run_affine_step),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-torch.library.register_fake("fastdiff::add_noise", lambda x0, *_: torch.empty_like(x0), lib=_library)
+torch.library.register_fake("fastdiff::add_noise", lambda x0, *_: empty_like(x0), lib=_library)
 torch.library.register_fake("fastdiff::diffusion_loss", _shape_of_loss, lib=_library)
 torch.library.register_fake(
-    "fastdiff::diffusion_loss_backward", lambda grad, output, *_: torch.empty_like(output), lib=_library
+    "fastdiff::diffusion_loss_backward", lambda grad, output, *_: empty_like(output), lib=_library
 )
 torch.library.register_fake("fastdiff::guide", lambda *_: None, lib=_library)
 torch.library.register_fake("fastdiff::affine_step", lambda *_: None, lib=_library)

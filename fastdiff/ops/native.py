@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.ops.layout import is_dense
 
 REPORT = Path(__file__).parent.parent / "_build.txt"  # what the build says it could not build, and why
 
@@ -18,7 +20,7 @@ def _report(otherwise: object) -> str:
 
 
 try:
-    from fastdiff import _C
+    import fastdiff._C as _C
 except ImportError as error:
     raise ImportError(f"the compiled extension is missing: {_report(error)}") from None
 
@@ -34,12 +36,23 @@ def refuses(op: str, device: str, dtype: torch.dtype) -> str:
 
 def _body(run: Callable[..., None]) -> Callable[..., None]:
     def body(*arguments: Any) -> None:
+        if arguments[0].is_cuda:
+            arguments = tuple(map(_dense, arguments))
         try:
             run(*arguments, torch.get_num_threads())
         except ValueError as error:
             raise InputError(str(error)) from None
 
     return body
+
+
+def _dense(argument: Any) -> Any:
+    """CUDA kernels read contiguous and channels-last tensors; another layout is copied (results are never such)."""
+    if isinstance(argument, Tensor):
+        return argument if is_dense(argument) else argument.contiguous()
+    if type(argument) is tuple:  # of vectors; an address is a tuple of another type
+        return tuple(map(_dense, argument))
+    return argument
 
 
 normal = _body(_C.normal)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastdiff.backends import body
 from fastdiff.errors import check, choose
 from fastdiff.ops.checks import check_floating
-from fastdiff.backends import body
 
 
 def group_norm_silu(

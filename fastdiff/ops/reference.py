@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.noise import Address, draw
+from fastdiff.ops.layout import format_of
 from fastdiff.ops.row import LETTERS
 
 Noise = Tensor | Address
@@ -104,7 +105,7 @@ def group_norm_silu(
     if shift is not None:
         y = y + _like(shift, y)
     y = F.silu(y) if activation == "silu" else y
-    return y.to(x.dtype, memory_format=_memory_format(x))
+    return y.to(x.dtype, memory_format=format_of(x))
 
 
 def _difference(output: Tensor, x0: Tensor, f: Scalar, g: Scalar, noise: Noise) -> Tensor:
@@ -116,11 +117,6 @@ def _difference(output: Tensor, x0: Tensor, f: Scalar, g: Scalar, noise: Noise) 
 def _noise(noise: Noise, x: Tensor) -> Tensor:
     """Noise in the dtype of the arithmetic."""
     return (noise if isinstance(noise, Tensor) else draw(x.shape, noise, x.device)).to(_wide(x))
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
-    return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
 
 
 def _wide(x: Tensor) -> torch.dtype:

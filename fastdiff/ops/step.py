@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypedDict
 
@@ -15,10 +15,11 @@ from typing_extensions import Unpack
 
 from fastdiff import noise as noises
 from fastdiff.backends import body
-from fastdiff.errors import InputError, check, choose
+from fastdiff.errors import InputError, choose
 from fastdiff.ops import library
 from fastdiff.ops import row as rows
 from fastdiff.ops.checks import (
+    check_apart,
     check_clip,
     check_floating,
     check_output,
@@ -28,6 +29,7 @@ from fastdiff.ops.checks import (
     check_scale,
     check_state,
 )
+from fastdiff.ops.layout import channels_last, empty_like
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 COLUMNS = len(rows.LETTERS)
@@ -74,9 +76,10 @@ def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, *, out: Tensor | 
         raise InputError(f"uncond must be {cond.dtype}, got {uncond.dtype}")
     scale = check_scale("scale", scale, cond)
     if out is None:
-        out = torch.empty_like(cond)
+        out = empty_like(cond)
     else:
-        check_result("out", out, cond, cond.dtype, over=_others(out, cond, uncond))
+        check_result("out", out, cond, cond.dtype)
+        check_apart((cond, uncond), [("out", out, (cond, uncond))])
     if torch.compiler.is_compiling():
         library.guide(cond, uncond, scale, out)
     else:
@@ -229,7 +232,8 @@ def _ddim_letters(
 
 def _one_step(x: Tensor, output: Tensor, table: Tensor, options: StepOptions) -> Step:
     row = 0 if len(table) == 1 else torch.arange(len(table), device=x.device)
-    return affine_step(x, output, table, row, **{"step": 0, **options})
+    options.setdefault("step", 0)
+    return affine_step(x, output, table, row, **options)
 
 
 def _has_noise(options: StepOptions) -> bool:
@@ -283,13 +287,14 @@ _remembered_table = lru_cache(4096)(_make_table)
 def _check_table(table: object, x: Tensor) -> Tensor:
     if not isinstance(table, Tensor):
         raise InputError(f"table must be a tensor, got {type(table).__name__}")
-    if table.ndim != 2 or table.shape[1] != COLUMNS or not len(table):
-        raise InputError(f"table must be [R, {COLUMNS}], got {list(table.shape)}")
+    shape = table.shape
+    if len(shape) != 2 or shape[1] != COLUMNS or not shape[0]:
+        raise InputError(f"table must be [R, {COLUMNS}], got {list(shape)}")
     if not table.is_floating_point():
         raise InputError(f"table must be floating-point, got {table.dtype}")
     if table.device != x.device:
         raise InputError(f"table must be on {x.device}, got {table.device}")
-    return table if table.dtype == x.dtype and table.is_contiguous() else table.to(x.dtype).contiguous()
+    return table if table.dtype is x.dtype and table.is_contiguous() else table.to(x.dtype).contiguous()
 
 
 def _check_vectors(
@@ -327,17 +332,16 @@ def _results(
     x: Tensor, history: tuple[Tensor, ...], anchor: Tensor | None, keep_x0: bool, input_dtype: torch.dtype | None
 ) -> Step:
     return Step(
-        torch.empty_like(x),
-        torch.empty_like(x) if keep_x0 else None,
-        (torch.empty_like(x),) if history else (),
-        None if anchor is None else torch.empty_like(x),
-        None if input_dtype is None else _channels_last(x, input_dtype),
+        empty_like(x),
+        empty_like(x) if keep_x0 else None,
+        (empty_like(x),) if history else (),
+        None if anchor is None else empty_like(x),
+        None if input_dtype is None else _input(x, input_dtype),
     )
 
 
-def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=last)
+def _input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=channels_last(x.ndim))
 
 
 def _check_out(
@@ -353,26 +357,16 @@ def _check_out(
         raise InputError(f"out must be a Step of tensors, got {type(out).__name__}")
     if bool(out.history) != bool(history) or (out.anchor is None) != (anchor is None):
         raise InputError("out must hold history and anchor where the step is given them, and only there")
-    parts = {"out.x": out.x, "out.x0": out.x0, "out.history": out.history[0] if out.history else None}
-    parts |= {"out.anchor": out.anchor, "out.input": out.input}
-    given = [v for v in (x, output, uncond, *history, anchor, noise) if v is not None]
-    may_be = {"out.x": (x,), "out.history": history, "out.anchor": (anchor,)}
-    for name, result in parts.items():
-        if result is None:
-            continue
-        allowed = may_be.get(name, ())
-        others = [v for other, v in parts.items() if other != name and v is not None]
-        over = [*others, *_others(result, *given, only=allowed)]
-        check_result(name, result, x, result.dtype if name == "out.input" else x.dtype, over=over)
-
-
-def _others(result: Tensor, *given: Tensor, only: Iterable[Tensor | None] | None = None) -> list[Tensor]:
-    """The tensors a result must not touch: all but those (of ``only``) that are exactly the same memory."""
-    allowed = given if only is None else only
-    if torch.compiler.is_compiling():
-        return []
-
-    def same(v: Tensor) -> bool:
-        return v.data_ptr() == result.data_ptr() and v.stride() == result.stride() and v.dtype == result.dtype
-
-    return [v for v in given if not (any(v is a for a in allowed) and same(v))]
+    pushed = out.history[0] if out.history else None
+    results: tuple[tuple[str, Tensor | None, tuple[Tensor | None, ...]], ...] = (
+        ("out.x", out.x, (x,)),
+        ("out.x0", out.x0, ()),
+        ("out.history", pushed, history),
+        ("out.anchor", out.anchor, (anchor,)),
+        ("out.input", out.input, ()),
+    )
+    check_floating("out.x", out.x)
+    for name, result, _ in results:
+        if result is not None:
+            check_result(name, result, x, result.dtype if result is out.input else x.dtype)
+    check_apart((x, output, uncond, *history, anchor, noise), results)
