@@ -81,14 +81,8 @@ def library_folders(nvcc):
     return [folder for pattern in ("lib64", "lib", "targets/*/lib") for folder in glob(f"{top}/{pattern}")]
 
 
-NATIVE = Extension(
-    "fastdiff._C",
-    sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-    depends=sorted(glob("csrc/**/*.h", recursive=True)) + KERNELS,
-    extra_compile_args=CPP,
-    extra_link_args=["-fopenmp", "-s"],
-    language="c++",
-    optional=True,
-)
-
+SOURCES, HEADERS = (sorted(glob(f"csrc/**/*.{kind}", recursive=True)) for kind in ("cpp", "h"))
+LINK = ["-fopenmp", "-s"]
+NATIVE = Extension("fastdiff._C", SOURCES, depends=HEADERS + KERNELS, extra_compile_args=CPP, extra_link_args=LINK)
+NATIVE.optional = True
 setup(ext_modules=[NATIVE], cmdclass={"build_ext": BuildNative})

@@ -105,6 +105,16 @@ class Plan {
     return index;
   }
 
+  // A contiguous float32 table.
+  const float* matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) const {
+    check_device(tensor, name);
+    if (tensor.ndim != 2 || tensor.shape[0] != rows || tensor.shape[1] != columns ||
+        type_of(tensor, name) != Type::f32 || tensor.strides[1] != 1 || (rows > 1 && tensor.strides[0] != columns))
+      refuse(std::string(name) + " must be contiguous float32 [" + std::to_string(rows) + ", " +
+             std::to_string(columns) + "]");
+    return reinterpret_cast<const float*>(tensor.data());
+  }
+
   void check_device(const Tensor& tensor, const char* name) const {
     if (tensor.device.type != device_.type || tensor.device.index != device_.index)
       refuse(std::string(name) + " is on another device");
@@ -296,32 +306,36 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
   plan.add(op.next_anchor, results[3], "anchor of the results");
   plan.add(op.input, results[4], "input of the results");
   const Tensor rows = tensor_of(table, "table");
-  plan.check_device(rows, "table");
-  if (rows.ndim != 2 || rows.shape[1] != LETTERS || type_of(rows, "table") != Type::f32 || rows.shape[0] < 1 ||
-      rows.strides[1] != 1 || (rows.shape[0] > 1 && rows.strides[0] != LETTERS))
-    refuse("table must be contiguous float32 [R, " + std::to_string(LETTERS) + "]");
-  op.table = reinterpret_cast<const float*>(rows.data()), op.rows = rows.shape[0];
+  op.rows = rows.ndim ? rows.shape[0] : 0;
+  if (op.rows < 1) refuse("table must have at least one row");
+  op.table = plan.matrix(rows, op.rows, LETTERS, "table");
   op.row = plan.index(row, "row");
   if (!op.row.each && (op.row.value < 0 || op.row.value >= op.rows)) refuse("row is outside the table");
   op.space = plan.space(!op.row.stride && !op.noise.drawn);
   run(op, plan.device(), threads, kernels->affine_step, ON_CUDA(affine_step));
 }
 
-DiffusionLoss loss_of(Plan& plan, const Tensor& lead, py::handle output, py::handle x0, py::handle f, py::handle g,
-                      py::handle weight, py::handle noise, DiffusionLoss& op) {
+// What both directions of the loss are given.
+void add_loss(DiffusionLoss& op, Plan& plan, const Tensor& lead, py::handle output, py::handle x0, py::handle f,
+              py::handle g, py::handle weight, py::handle bound, py::handle noise) {
+  const bool wide = is_wide(output, lead);
   plan.add(op.x0, x0, "x0");
-  plan.add(op.output, output, "output", 0, is_wide(output, lead));
+  plan.add(op.output, output, "output", 0, wide);
   plan.add_noise(op.noise, noise);
   op.f = plan.scalar(f, "f"), op.g = plan.scalar(g, "g"), op.weight = plan.scalar(weight, "weight");
-  return op;
+  if (absent(bound)) return;
+  if (!wide) refuse("a bound needs an output of twice the channels");
+  plan.add(op.fraction, output, "output", 1, wide);
+  op.bound = reinterpret_cast<const Bound*>(
+      plan.matrix(tensor_of(bound, "bound"), plan.samples(), BOUND_LETTERS, "bound"));
 }
 
 void diffusion_loss_(py::handle output, py::handle x0, py::handle f, py::handle g, py::handle weight,
-                     py::handle noise, py::handle loss, int threads) {
+                     py::handle bound, py::handle noise, py::handle loss, int threads) {
   DiffusionLoss op;
   const Tensor lead = tensor_of(x0, "x0"), result = tensor_of(loss, "loss");
   Plan plan(lead, is_address(noise));
-  loss_of(plan, lead, output, x0, f, g, weight, noise, op);
+  add_loss(op, plan, lead, output, x0, f, g, weight, bound, noise);
   plan.check_device(result, "loss");
   if (result.ndim != 1 || result.shape[0] != plan.samples() || type_of(result, "loss") != Type::f32 ||
       (plan.samples() > 1 && result.strides[0] != 1))
@@ -332,12 +346,16 @@ void diffusion_loss_(py::handle output, py::handle x0, py::handle f, py::handle 
 }
 
 void diffusion_loss_backward_(py::handle grad, py::handle output, py::handle x0, py::handle f, py::handle g,
-                              py::handle weight, py::handle noise, py::handle gradient, int threads) {
+                              py::handle weight, py::handle bound, py::handle noise, py::handle gradient,
+                              int threads) {
   DiffusionLoss op;
   const Tensor lead = tensor_of(x0, "x0");
   Plan plan(lead, is_address(noise));
-  loss_of(plan, lead, output, x0, f, g, weight, noise, op);
-  plan.add(op.gradient, gradient, "gradient", 0, is_wide(gradient, lead));
+  add_loss(op, plan, lead, output, x0, f, g, weight, bound, noise);
+  const bool wide = is_wide(gradient, lead);
+  plan.add(op.gradient, gradient, "gradient", 0, wide);
+  if (op.bound && !wide) refuse("gradient has the wrong shape");
+  if (op.bound) plan.add(op.fraction_gradient, gradient, "gradient", 1, wide);
   op.grad = plan.scalar(grad, "grad");
   op.space = plan.space(false);
   run(op, plan.device(), threads, kernels->diffusion_loss_backward, ON_CUDA(diffusion_loss_backward));

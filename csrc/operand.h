@@ -83,14 +83,22 @@ struct Guide {
   Operand result;
 };
 
-// forward: loss [N]; backward: gradient, with the gradient of the loss in `grad`.
+// What the bound of a learned variance needs of a sample's timestep: the letters of fastdiff/ops/forward.py.
+struct Bound {
+  float alpha, sigma, p, q, b, lo, hi, weight;
+};
+constexpr int BOUND_LETTERS = sizeof(Bound) / sizeof(float);
+
+// forward: loss [N]; backward: gradients of both halves of the output, with the gradient of the loss in `grad`.
+// `bound` (N of them, or null) adds the bound of the variance that `fraction` stands for.
 struct DiffusionLoss {
   Space space;
-  Operand output, x0;
+  Operand output, fraction, x0;
   Scalar f, g, weight, grad;
+  const Bound* bound = nullptr;
   Noise noise;
-  float* loss;
-  Operand gradient;
+  float* loss = nullptr;
+  Operand gradient, fraction_gradient;
 };
 
 struct Normal {

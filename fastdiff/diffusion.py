@@ -156,18 +156,31 @@ class Diffusion:
             _check_decoder(decoder, x0[t.to(x0.device) == 0])
         x_t = ops.add_noise(x0, alpha, sigma, seed=seed, step=step, sample=sample)
         out = self._evaluate(model, x_t, t, cond)
-        prediction, _ = self._split(out, x0.shape[1])
-        loss = torch.zeros((), device=x0.device)
-        if kind != "vlb":
-            weight = self._weight(kind, t).to(x0.device)
-            f, g = rows.target(self.prediction, alpha, sigma)
-            loss = ops.diffusion_loss(prediction, x0, f, g, weight, seed=seed, step=step, sample=sample).mean()
-        if kind in ("vlb", "hybrid"):
-            scale = len(self.schedule) * (HYBRID_WEIGHT if kind == "hybrid" else 1.0)
-            if kind == "hybrid":
-                out = torch.cat((prediction.detach(), out[:, x0.shape[1] :]), 1)
-            loss = loss + scale * self._vlb_terms(out, x0, x_t, t, decoder).mean()
+        if kind == "vlb":
+            return len(self.schedule) * self._vlb_terms(out, x0, x_t, t, decoder).mean()
+        weight = self._weight(kind, t).to(x0.device)
+        f, g = rows.target(self.prediction, alpha, sigma)
+        scale = HYBRID_WEIGHT * len(self.schedule)
+        learned = kind == "hybrid" and self.variance == "learned_range"
+        bound = self._bound(t, x0, scale) if learned else None
+        place = {"seed": seed, "step": step, "sample": sample}
+        loss = ops.diffusion_loss(out, x0, f, g, weight, bound=bound, **place).mean()
+        if kind == "hybrid":
+            # What the op does not know: the decoder, and a bound that trains nothing.
+            rest = (t == 0).to(x0.device) if learned else torch.ones_like(t, dtype=torch.bool, device=x0.device)
+            prediction, fractions = out[rest].tensor_split([x0.shape[1]], 1)
+            decoded = torch.cat((prediction.detach(), fractions), 1)
+            terms = self._vlb_terms(decoded, x0[rest], x_t[rest], t[rest.to(t.device)], decoder)
+            loss = loss + scale * terms.sum() / len(x0)
         return loss
+
+    def _bound(self, t: Tensor, x0: Tensor, scale: float) -> Tensor:
+        """What the hybrid objective needs of each timestep: the bound in bits, ``scale`` times, nothing at t = 0."""
+        alpha, sigma = self._levels(t, x0)
+        p, q = _finite_x0(self.prediction, alpha, sigma)
+        b = rows.posterior(*self._steps(t, x0))[1]
+        weight = (t != 0).to(x0.device, torch.float64) * (scale / math.log(2))
+        return torch.stack((alpha, sigma, p, q, b, *self._log_variances(t, x0), weight), 1)
 
     def draw_timesteps(
         self, count: int, *, seed: int, step: int, sample: Sequence[int] | Tensor | None = None

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from hypothesis import settings
 
 import fastdiff as fd
 from fastdiff.ops.row import LETTERS, make_table
@@ -20,6 +24,9 @@ PROCESS = {  # alpha, sigma, alpha_next, sigma_next of a step and of the last on
     "edm": [(1.0, 10.0, 1.0, 4.0), (1.0, 0.5, 1.0, 0.0)],
 }
 TINY = {F16: 2.0**-25, BF16: 2.0**-133, F32: 2.0**-149, F64: 0.0}
+QUICK = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+THOROUGH = settings(QUICK, max_examples=2_000)
+LONG = settings(QUICK, max_examples=10_000)
 
 
 def unit(dtype):
@@ -323,3 +330,91 @@ def check_group_norm(shape, groups, dtype=F32, layout="contiguous", parts="wbsh"
     final = unit(dtype) * (np.abs(y) + error) if dtype != work else 0
     assert_within(result, np.broadcast_to(y, shape), error + final + TINY[dtype])
     assert_kept_format(result, layout)
+
+
+# ---- every op as a function of its tensors --------------------------------------------------
+
+
+class Call(NamedTuple):
+    """``run(**tensors)``, or ``run(**tensors, out=...)``."""
+
+    run: Callable[..., Any]
+    tensors: dict[str, torch.Tensor]
+    bitwise: bool = True  # backends give the same bits: neither noise is drawn nor an exponential taken, nor a sum
+    sums: bool = False  # whose order depends on the layout
+    writes: bool = True  # takes out=
+
+
+def vectors(names, shape, seed, dtype=F32):
+    return {name: randn(shape, seed + 10 * i, dtype) for i, name in enumerate(names.split())}
+
+
+def call_of(op, shape, seed=0, network=F32):
+    """An op with all that it can take, its network output in dtype ``network``."""
+    n, wide = shape[0], (shape[0], 2 * shape[1], *shape[2:])
+    name, _, source = op.partition(" ")
+    place = {"seed": seed, "step": 3, "sample": torch.randperm(n, generator=torch.Generator().manual_seed(seed))}
+    place = place if source == "drawn" else {}
+    bitwise = source not in ("drawn", "learned")
+    noise = "" if place else " noise"
+    if name == "guide":
+        more = vectors("scale", (n,), seed + 1)
+        return Call(fd.ops.guide, vectors("cond uncond", shape, seed, network) | more)
+    if name == "add_noise":
+        more = vectors("alpha sigma", (n,), seed + 1)
+        return Call(partial(fd.ops.add_noise, **place), vectors("x0" + noise, shape, seed) | more, bitwise)
+    if name == "diffusion_loss":
+        tensors = vectors("output", wide, seed + 1, network) | vectors("x0" + noise, shape, seed)
+        run = loss_gradient if source == "backward" else fd.ops.diffusion_loss
+        tensors |= vectors("f g weight", (n,), seed + 2)
+        return Call(partial(run, **place), tensors, source == "backward", source != "backward", writes=False)
+    more = {"input_dtype": BF16, **place}
+    network_outputs = vectors("output uncond", wide if source == "learned" else shape, seed + 1, network)
+    tensors = vectors("x" + noise, shape, seed) | network_outputs
+    if name == "affine_step":
+        tensors |= vectors("h1 h2 h3 anchor", shape, seed + 2)
+        more["table"] = random_table(5, seed, F32, source == "learned")
+        more["row"] = torch.arange(n) % 5 if seed % 2 else seed % 5
+        return Call(partial(with_history, more=more), tensors, bitwise)
+    levels = dict(zip(("alpha", "sigma", "alpha_next", "sigma_next"), PROCESS["vp"][0], strict=True))
+    more |= levels | {"clip": 1.5, "guidance_scale": 2.5}
+    more |= {"eta": 0.5} if name == "ddim_step" else {"variance": "learned_range" if source else "fixed_small"}
+    return Call(partial(getattr(fd.ops, name), **more), tensors, bitwise)
+
+
+def with_history(h1, h2, h3, more, **tensors):
+    return fd.ops.affine_step(history=(h1, h2, h3), **tensors, **more)
+
+
+def loss_gradient(output, **others):
+    output = output.detach().requires_grad_()
+    return torch.autograd.grad(fd.ops.diffusion_loss(output, **others).sum(), output)[0]
+
+
+CALLS = (
+    *("add_noise", "add_noise drawn", "guide", "affine_step", "affine_step drawn", "affine_step learned"),
+    *("ddim_step", "ddim_step drawn", "posterior_step", "posterior_step learned"),
+    *("diffusion_loss", "diffusion_loss drawn", "diffusion_loss backward"),
+)
+
+
+def agree(call, a, b):
+    """The results of a call on two backends are the same bits, or the same to a few ulp."""
+    for first, second in zip(flat(a), flat(b), strict=True):
+        if call.bitwise:
+            assert same_bits(first, second)
+        else:
+            eps = torch.finfo(second.dtype).eps
+            torch.testing.assert_close(first, second, rtol=max(3e-6, 2 * eps), atol=3e-6, equal_nan=True)
+
+
+FENCE = 64
+
+
+def fence(x, fill):
+    """A tensor with the strides and values of x between two fences; and the memory that holds all of it."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    extent *= bool(x.numel())
+    memory = torch.full((extent + 2 * FENCE,), fill, dtype=x.dtype)
+    memory[FENCE : FENCE + extent] = x.as_strided((extent,), (1,))
+    return memory.as_strided(x.shape, x.stride(), FENCE), memory

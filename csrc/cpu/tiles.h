@@ -263,41 +263,76 @@ inline double sum_of_squares(const float* difference, int64_t n) {
   return total;
 }
 
-// output - (f x0 + g z)
-inline const float* difference(const DiffusionLoss& op, const Tile& tile, float* to, Buffer& bo, Buffer& bx) {
-  const float f = of_sample(op.f, tile.sample), g = of_sample(op.g, tile.sample);
-  Buffer bz;
-  const float* output = fetch(op.space, op.output, tile, bo);
-  const float* x0 = fetch(op.space, op.x0, tile, bx);
-  const float* z = noise_of(op.space, op.noise, tile, bz);
-  FOR(i, tile.count) to[i] = output[i] - (f * x0[i] + g * z[i]);
-  return to;
+// A tile of the loss: output - (f x0 + g z), and with a bound what it says of each element.
+struct LossTile {
+  Buffer difference, divergence, slope;
+
+  LossTile(const DiffusionLoss& op, const Tile& tile) {
+    const int64_t n = tile.count;
+    const float f = of_sample(op.f, tile.sample), g = of_sample(op.g, tile.sample);
+    Buffer bo, bx, bz;
+    const float* output = fetch(op.space, op.output, tile, bo);
+    const float* x0 = fetch(op.space, op.x0, tile, bx);
+    const float* z = noise_of(op.space, op.noise, tile, bz);
+    FOR(i, n) difference.v[i] = output[i] - (f * x0[i] + g * z[i]);
+    if (!op.bound) return;
+    const Bound k = op.bound[tile.sample];
+    Buffer bv;
+    const float* v = fetch(op.space, op.fraction, tile, bv);
+    FOR(i, n) {
+      const float miss = x0[i] - (k.p * (k.alpha * x0[i] + k.sigma * z[i]) + k.q * output[i]);
+      const Divergence d = fastdiff::divergence(v[i], k.lo, k.hi, k.b, miss);
+      divergence.v[i] = d.value, slope.v[i] = d.slope;
+    }
+  }
+};
+
+// Sixteen sums side by side, whatever the width of the machine, then one: the same bits at every level.
+template <typename F>
+inline double sum(int64_t n, F value) {
+  constexpr int LANES = 16;
+  float sums[LANES] = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int j = 0; j < LANES; ++j) sums[j] += value(i + j);
+  double total = 0;
+  for (int j = 0; j < LANES; ++j) total += double(sums[j]);
+  for (; i < n; ++i) total += double(value(i));
+  return total;
 }
 
 void diffusion_loss(const DiffusionLoss& op, int threads) {
   const int64_t tiles = (op.space.elements + TILE - 1) / TILE;
   std::vector<double> partial(size_t(op.space.samples * tiles));
   for_tiles(op.space, threads, [&](const Tile& tile) {
-    Buffer bo, bx, bd;
-    const float* d = difference(op, tile, bd.v, bo, bx);
-    partial[size_t(tile.sample * tiles + tile.begin / TILE)] = sum_of_squares(d, tile.count);
+    const LossTile t(op, tile);
+    double loss = of_sample(op.weight, tile.sample) *
+                  sum(tile.count, [&](int64_t i) { return t.difference.v[i] * t.difference.v[i]; });
+    if (op.bound)
+      loss += op.bound[tile.sample].weight * sum(tile.count, [&](int64_t i) { return t.divergence.v[i]; });
+    partial[size_t(tile.sample * tiles + tile.begin / TILE)] = loss;
   });
   for (int64_t sample = 0; sample < op.space.samples; ++sample) {
     double total = 0;
     for (int64_t i = 0; i < tiles; ++i) total += partial[size_t(sample * tiles + i)];
-    op.loss[sample] = of_sample(op.weight, sample) * float(total / double(op.space.elements));
+    op.loss[sample] = float(total / double(op.space.elements));
   }
 }
 
 void diffusion_loss_backward(const DiffusionLoss& op, int threads) {
   for_tiles(op.space, threads, [&](const Tile& tile) {
-    Buffer bo, bx, bd;
-    const float each = 2.0f / float(op.space.elements);
-    const float slope = of_sample(op.grad, tile.sample) * of_sample(op.weight, tile.sample) * each;
-    difference(op, tile, bd.v, bo, bx);
-    float* gradient = target(op.gradient, tile, bx);
-    FOR(i, tile.count) gradient[i] = slope * bd.v[i];
+    const LossTile t(op, tile);
+    const float each = of_sample(op.grad, tile.sample) / float(op.space.elements);
+    const float scale = 2.0f * of_sample(op.weight, tile.sample) * each;
+    Buffer buffer;
+    float* gradient = target(op.gradient, tile, buffer);
+    FOR(i, tile.count) gradient[i] = scale * t.difference.v[i];
     store(op.space, op.gradient, tile, gradient);
+    if (!op.bound) return;
+    const float bound = op.bound[tile.sample].weight * each;
+    gradient = target(op.fraction_gradient, tile, buffer);
+    FOR(i, tile.count) gradient[i] = bound * t.slope.v[i];
+    store(op.space, op.fraction_gradient, tile, gradient);
   });
 }
 

@@ -236,15 +236,32 @@ __global__ void __launch_bounds__(THREADS) affine_step_kernel(const __grid_const
   }
 }
 
-// output - (f x0 + g z), 0 beyond the end of a sample.
+// What the loss says of four elements: output - (f x0 + g z), and with a bound the divergence and its slope; all of
+// them 0 beyond the end of a sample.
+struct LossOfFour {
+  Four difference, divergence, slope;
+};
+
 template <bool DRAWN, bool FLAT>
-__device__ __forceinline__ Four difference(const DiffusionLoss& op, const Access<FLAT>& access) {
+__device__ __forceinline__ LossOfFour loss_of(const DiffusionLoss& op, const Access<FLAT>& access) {
   const Four output = access.load(op.output), x0 = access.load(op.x0);
   const float f = of_sample(op.f, access.place.sample), g = of_sample(op.g, access.place.sample);
   const Four z = noise_at<DRAWN>(op.noise, access);
-  return each([&](int i) {
+  LossOfFour loss = {};
+  loss.difference = each([&](int i) {
     return i < access.place.count ? output.v[i] - (f * x0.v[i] + g * z.v[i]) : 0.0f;
   });
+  if (!op.bound) return loss;
+  const Bound k = op.bound[access.place.sample];
+  const Four v = access.load(op.fraction);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i >= access.place.count) break;
+    const float miss = x0.v[i] - (k.p * (k.alpha * x0.v[i] + k.sigma * z.v[i]) + k.q * output.v[i]);
+    const Divergence d = divergence(v.v[i], k.lo, k.hi, k.b, miss);
+    loss.divergence.v[i] = d.value, loss.slope.v[i] = d.slope;
+  }
+  return loss;
 }
 
 template <bool DRAWN, bool FLAT>
@@ -252,10 +269,13 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant
   Place place;
   if (!locate(op.space, place)) return;
   const Access<FLAT> access(op.space, place);
-  const float each_element = 2.0f / float(op.space.elements);
-  const float slope = of_sample(op.grad, place.sample) * of_sample(op.weight, place.sample) * each_element;
-  const Four d = difference<DRAWN>(op, access);
-  access.store(op.gradient, each([&](int i) { return slope * d.v[i]; }));
+  const float share = of_sample(op.grad, place.sample) / float(op.space.elements);
+  const float scale = 2.0f * of_sample(op.weight, place.sample) * share;
+  const LossOfFour loss = loss_of<DRAWN>(op, access);
+  access.store(op.gradient, each([&](int i) { return scale * loss.difference.v[i]; }));
+  if (!op.bound) return;
+  const float bound = op.bound[place.sample].weight * share;
+  access.store(op.fraction_gradient, each([&](int i) { return bound * loss.slope.v[i]; }));
 }
 
 // A block sums one chunk of one sample; the chunks are summed in order after that, so that no run differs.
@@ -276,15 +296,17 @@ template <bool DRAWN, bool FLAT>
 __global__ void __launch_bounds__(THREADS)
     partial_kernel(const __grid_constant__ DiffusionLoss op, float* partial, int64_t chunks) {
   const int64_t sample = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const float weight = of_sample(op.weight, sample), bound = op.bound ? op.bound[sample].weight : 0.0f;
   float sum = 0.0f;
   for (int i = 0; i < CHUNK; ++i) {
     const int64_t first = ((chunk * CHUNK + i) * THREADS + threadIdx.x) * 4, rest = op.space.elements - first;
     if (rest <= 0) break;
     const Place place{sample, first, rest < 4 ? int(rest) : 4};
     const Access<FLAT> access(op.space, place);
-    const Four d = difference<DRAWN>(op, access);
+    const LossOfFour loss = loss_of<DRAWN>(op, access);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sum += d.v[j] * d.v[j];
+    for (int j = 0; j < 4; ++j)
+      sum += weight * (loss.difference.v[j] * loss.difference.v[j]) + bound * loss.divergence.v[j];
   }
   const float total = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
@@ -296,7 +318,7 @@ __global__ void __launch_bounds__(THREADS)
   if (sample >= op.space.samples) return;
   double total = 0;
   for (int64_t i = 0; i < chunks; ++i) total += partial[sample * chunks + i];
-  op.loss[sample] = of_sample(op.weight, sample) * float(total / double(op.space.elements));
+  op.loss[sample] = float(total / double(op.space.elements));
 }
 
 // ---- launching ------------------------------------------------------------------------------
@@ -371,7 +393,7 @@ int affine_step(const AffineStep& op, int device, void* stream) {
 int diffusion_loss(const DiffusionLoss& op, int device, void* stream_) {
   const Guard guard(device);
   const auto stream = static_cast<cudaStream_t>(stream_);
-  const bool flat = vectors(op.space, op.output, op.x0, op.noise.given);
+  const bool flat = vectors(op.space, op.output, op.fraction, op.x0, op.noise.given);
   const int64_t quads = (op.space.elements + 3) / 4, chunks = (quads + THREADS * CHUNK - 1) / (THREADS * CHUNK);
   float* partial = nullptr;
   const int error = cudaMallocAsync(&partial, size_t(chunks * op.space.samples) * sizeof(float), stream);
@@ -386,7 +408,8 @@ int diffusion_loss(const DiffusionLoss& op, int device, void* stream_) {
 }
 
 int diffusion_loss_backward(const DiffusionLoss& op, int device, void* stream) {
-  const bool flat = vectors(op.space, op.output, op.x0, op.noise.given, op.gradient);
+  const bool flat = vectors(op.space, op.output, op.fraction, op.x0, op.noise.given, op.gradient,
+                            op.fraction_gradient);
   const auto drawn = flat ? backward_kernel<true, true> : backward_kernel<true, false>;
   const auto given = flat ? backward_kernel<false, true> : backward_kernel<false, false>;
   return launch(op.noise.drawn ? drawn : given, op, device, stream);

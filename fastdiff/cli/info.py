@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import fastdiff
+from fastdiff import backends
 from fastdiff.cli.options import DeviceName, choose_device
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scipy", "scikit-learn", "matplotlib", "diffusers")
@@ -20,6 +21,8 @@ def info(device: DeviceName = "auto") -> None:
     print(f"CPU threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
         print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
+    native, reason = backends.load("native")
+    print(f"native: {native.describe() if native else reason}")
     print(fastdiff.explain(choose_device(device)))
 
 

@@ -26,6 +26,10 @@ from fastdiff.ops.checks import (
 )
 from fastdiff.ops.layout import empty_like
 
+#: What a bound holds of a sample's timestep: its levels, p and q of :mod:`fastdiff.ops.row`, the posterior mean's
+#: weight of x0, the logarithms of the two variances, and the weight of the divergence.
+BOUND = ("alpha", "sigma", "p", "q", "b", "lo", "hi", "weight")
+
 
 def add_noise(
     x0: Tensor,
@@ -73,6 +77,7 @@ def diffusion_loss(
     weight: Tensor,
     noise: Tensor | None = None,
     *,
+    bound: Tensor | None = None,
     seed: noises.Seed | None = None,
     step: int | Tensor = 0,
     sample: Sequence[int] | Tensor | None = None,
@@ -83,11 +88,15 @@ def diffusion_loss(
     given is drawn again, in the backward pass too, and never stored.
 
     Args:
-        output: network output of any float dtype, shape of ``x0``, or ``[N, 2C, ...]`` of which the first half
-            counts (learned variance). Gradients flow to it, and to every tensor given.
+        output: network output of any float dtype, shape of ``x0``, or ``[N, 2C, ...]`` with learned variance: the
+            first half is compared with the target, the second is the fractions that ``bound`` asks for.
+            Gradients flow to it, and to every other tensor but ``bound``.
         x0: ``[N, C, ...]``.
         f, g, weight: ``[N]``.
         noise: shape of ``x0``; when left out, the training noise of (``seed``, ``step``, ``sample``).
+        bound: ``[N, len(BOUND)]``, the letters of :data:`BOUND` for each sample: adds ``weight`` times the mean
+            divergence of the posterior from the learned step, nats, whose gradient goes to the fractions alone
+            (the hybrid objective, Nichol & Dhariwal 2021, eq. 15 and 16).
 
     Returns:
         ``[N]``, float32 (float64 for float64), mean over all elements of a sample.
@@ -99,12 +108,24 @@ def diffusion_loss(
     check_output(output, x0)
     f, g, weight = (check_numbers(name, v, x0) for name, v in (("f", f), ("g", g), ("weight", weight)))
     source = _noise(x0, noise, seed, step, sample)
+    bound = _check_bound(bound, output, x0)
     if library.traced(output, x0, f, g, weight, noise):
-        return library.diffusion_loss(output, x0, f, g, weight, source)
+        return library.diffusion_loss(output, x0, f, g, weight, bound, source)
     wide = library.wide(x0)
     result = torch.empty(len(x0), dtype=wide, device=x0.device)
-    body("diffusion_loss", x0.device, wide)(output, x0, f, g, weight, source, result)
+    body("diffusion_loss", x0.device, wide)(output, x0, f, g, weight, bound, source, result)
     return result
+
+
+def _check_bound(bound: Tensor | None, output: Tensor, x0: Tensor) -> Tensor | None:
+    if bound is None:
+        return None
+    check_floating("bound", bound)
+    if bound.shape != (len(x0), len(BOUND)) or bound.device != x0.device:
+        raise InputError(f"bound must be {[len(x0), len(BOUND)]} on {x0.device}, got {list(bound.shape)}")
+    if output.shape == x0.shape:
+        raise InputError(f"output must have {2 * x0.shape[1]} channels with a bound, got {output.shape[1]}")
+    return bound.to(library.wide(x0)).contiguous()
 
 
 def _noise(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdiff.backends import body
 from fastdiff.noise import Address, draw
+from fastdiff.ops import reference
 from fastdiff.ops.layout import empty_like
 
 NOISE = "Tensor? noise, int[] place, Tensor? seed, Tensor? step, Tensor? sample"
@@ -21,11 +22,9 @@ Flat = tuple[Tensor | None, list[int], Tensor | None, Tensor | None, Tensor | No
 
 _library = torch.library.Library("fastdiff", "DEF")
 _library.define(f"add_noise(Tensor x0, Tensor alpha, Tensor sigma, {NOISE}) -> Tensor")
-_library.define(f"diffusion_loss(Tensor output, Tensor x0, Tensor f, Tensor g, Tensor weight, {NOISE}) -> Tensor")
-_library.define(
-    "diffusion_loss_backward(Tensor grad, Tensor output, Tensor x0, Tensor f, Tensor g, Tensor weight,"
-    f" {NOISE}) -> Tensor"
-)
+LOSS = f"Tensor output, Tensor x0, Tensor f, Tensor g, Tensor weight, Tensor? bound, {NOISE}"
+_library.define(f"diffusion_loss({LOSS}) -> Tensor")
+_library.define(f"diffusion_loss_backward(Tensor grad, {LOSS}) -> Tensor")
 _library.define("guide(Tensor cond, Tensor uncond, Tensor scale, Tensor(a!) result) -> ()")
 _library.define(
     "affine_step(Tensor x, Tensor output, Tensor table, int row, Tensor? rows, Tensor? uncond, Tensor[] history,"
@@ -60,8 +59,10 @@ def add_noise(x0: Tensor, alpha: Tensor | float, sigma: Tensor | float, noise: N
     return result
 
 
-def diffusion_loss(output: Tensor, x0: Tensor, f: Tensor, g: Tensor, weight: Tensor, noise: Noise) -> Tensor:
-    result: Tensor = torch.ops.fastdiff.diffusion_loss(output, x0, f, g, weight, *_flat(noise))
+def diffusion_loss(
+    output: Tensor, x0: Tensor, f: Tensor, g: Tensor, weight: Tensor, bound: Tensor | None, noise: Noise
+) -> Tensor:
+    result: Tensor = torch.ops.fastdiff.diffusion_loss(output, x0, f, g, weight, bound, *_flat(noise))
     return result
 
 
@@ -119,18 +120,17 @@ def _run_add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, *noise: Any) -> Ten
     return result
 
 
-def _run_diffusion_loss(output: Tensor, x0: Tensor, f: Tensor, g: Tensor, weight: Tensor, *noise: Any) -> Tensor:
+def _run_diffusion_loss(output: Tensor, x0: Tensor, *rest: Any) -> Tensor:
     result = _shape_of_loss(output, x0)
-    body("diffusion_loss", x0.device, wide(x0))(output, x0, f, g, weight, _noise(*noise), result)
+    body("diffusion_loss", x0.device, wide(x0))(output, x0, *rest[:4], _noise(*rest[4:]), result)
     return result
 
 
-def _run_diffusion_loss_backward(
-    grad: Tensor, output: Tensor, x0: Tensor, f: Tensor, g: Tensor, weight: Tensor, *noise: Any
-) -> Tensor:
-    # The second half of a wide output gets no gradient.
-    result = empty_like(output) if output.shape == x0.shape else empty_like(output).zero_()
-    body("diffusion_loss_backward", x0.device, wide(x0))(grad, output, x0, f, g, weight, _noise(*noise), result)
+def _run_diffusion_loss_backward(grad: Tensor, output: Tensor, x0: Tensor, *rest: Any) -> Tensor:
+    # Without a bound the second half of a wide output gets no gradient.
+    whole = output.shape == x0.shape or rest[3] is not None
+    result = empty_like(output) if whole else empty_like(output).zero_()
+    body("diffusion_loss_backward", x0.device, wide(x0))(grad, output, x0, *rest[:4], _noise(*rest[4:]), result)
     return result
 
 
@@ -218,26 +218,17 @@ def _add_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _diffusion_loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    output, x0, f, g, weight, *noise = _saved(ctx)
-    needs = ctx.needs_input_grad
+    saved, needs = _saved(ctx), ctx.needs_input_grad
     if not any(needs[1:]) and not torch.is_grad_enabled():
-        slope = torch.ops.fastdiff.diffusion_loss_backward(grad, output, x0, f, g, weight, *noise)
-        return slope, *(None,) * 9
-    # All gradients, themselves differentiable.
-    z, f_each, g_each = _drawn(x0, *noise), _spread(f, x0), _spread(g, x0)
-    channels = x0.shape[1]
-    difference = output[:, :channels].to(wide(x0)) - (f_each * x0 + g_each * z)
-    slope = _spread(grad * weight * (2 / max(difference[:1].numel(), 1)), x0) * difference
-    rest = torch.zeros_like(output[:, channels:])
-    return (
-        torch.cat((slope.to(output.dtype), rest), 1) if needs[0] else None,
-        (-f_each * slope).to(x0.dtype) if needs[1] else None,
-        _sum_like(-slope * x0, f) if needs[2] else None,
-        _sum_like(-slope * z, g) if needs[3] else None,
-        (grad * difference.square().flatten(1).mean(1)).to(weight.dtype) if needs[4] else None,
-        (-g_each * slope).to(noise[0].dtype) if needs[5] else None,
-        *(None,) * 4,
-    )
+        return torch.ops.fastdiff.diffusion_loss_backward(grad, *saved), *(None,) * 10
+    # Any other gradient, or one that is differentiated again: autograd follows the reference.
+    output, x0, *numbers = saved[:6]
+    with torch.enable_grad():
+        loss = _shape_of_loss(output, x0)
+        reference.diffusion_loss(output, x0, *numbers, _noise(*saved[6:]), loss)
+        wanted = [value for value, need in zip(saved, needs, strict=True) if need]
+        slopes = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
+    return tuple(next(slopes) if need else None for need in needs)
 
 
 torch.library.register_autograd("fastdiff::add_noise", _add_noise_backward, setup_context=_save, lib=_library)

@@ -34,6 +34,12 @@ def refuses(op: str, device: str, dtype: torch.dtype) -> str:
     return "computes in float32, not in float64" if dtype == torch.float64 else ""
 
 
+def describe() -> str:
+    """What this build of the extension has."""
+    cuda = "CUDA kernels" if _C.cuda else _report("no CUDA kernels")
+    return f"C++ for {_C.level()} (has {', '.join(_C.levels())}), {cuda}"
+
+
 def _body(run: Callable[..., None]) -> Callable[..., None]:
     def body(*arguments: Any) -> None:
         if arguments[0].is_cuda:

@@ -29,18 +29,31 @@ def add_noise(x0: Tensor, alpha: Scalar, sigma: Scalar, noise: Noise, result: Te
 
 
 def diffusion_loss(
-    output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, noise: Noise, result: Tensor
+    output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, bound: Tensor | None, noise: Noise, result: Tensor
 ) -> None:
-    difference = _difference(output, x0, f, g, noise)
-    result.copy_(_like(weight, result) * difference.square().flatten(1).mean(1))
+    z = _noise(noise, x0)
+    loss = _like(weight, x0) * _difference(output, x0, f, g, z).square()
+    if bound is not None:
+        loss = loss + _like(bound[:, -1], x0) * _divergence(output, x0, bound, z)[0]
+    result.copy_(loss.flatten(1).mean(1))
 
 
 def diffusion_loss_backward(
-    grad: Tensor, output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, noise: Noise, result: Tensor
+    grad: Tensor,
+    output: Tensor,
+    x0: Tensor,
+    f: Scalar,
+    g: Scalar,
+    weight: Scalar,
+    bound: Tensor | None,
+    noise: Noise,
+    result: Tensor,
 ) -> None:
-    difference = _difference(output, x0, f, g, noise)
-    slope = grad * _like(weight, grad) * (2 / max(difference[:1].numel(), 1))
-    result[:, : x0.shape[1]].copy_(_like(slope, x0) * difference)
+    z, channels = _noise(noise, x0), x0.shape[1]
+    each = _like(grad, x0) / max(x0[:1].numel(), 1)
+    result[:, :channels].copy_(2 * _like(weight, x0) * each * _difference(output, x0, f, g, z))
+    if bound is not None:
+        result[:, channels:].copy_(_like(bound[:, -1], x0) * each * _divergence(output, x0, bound, z)[1])
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: Scalar, result: Tensor) -> None:
@@ -108,10 +121,26 @@ def group_norm_silu(
     return y.to(x.dtype, memory_format=format_of(x))
 
 
-def _difference(output: Tensor, x0: Tensor, f: Scalar, g: Scalar, noise: Noise) -> Tensor:
+def _difference(output: Tensor, x0: Tensor, f: Scalar, g: Scalar, z: Tensor) -> Tensor:
     """output - (f x0 + g noise)"""
     wide = _wide(x0)
-    return output[:, : x0.shape[1]].to(wide) - (_like(f, x0) * x0.to(wide) + _like(g, x0) * _noise(noise, x0))
+    return output[:, : x0.shape[1]].to(wide) - (_like(f, x0) * x0.to(wide) + _like(g, x0) * z)
+
+
+def _divergence(output: Tensor, x0: Tensor, bound: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """KL of the posterior from a step of learned variance, nats, and its slope in the variance's channels.
+
+    log variance = lo + (hi - lo) (1 + v) / 2 (Nichol & Dhariwal 2021, eq. 15); the mean gets no gradient (eq. 16).
+    """
+    wide, channels = _wide(x0), x0.shape[1]
+    alpha, sigma, p, q, b, lo, hi, _ = (_like(column, x0) for column in bound.unbind(1))
+    x0, prediction, v = x0.to(wide), output[:, :channels].detach().to(wide), output[:, channels:].to(wide)
+    log_variance = (1 + v) / 2 * hi + (1 - v) / 2 * lo
+    difference = lo - log_variance
+    mean = b * (x0 - (p * (alpha * x0 + sigma * z) + q * prediction))
+    excess = mean.square() * (-log_variance).exp()
+    kl = (difference.expm1() - difference + excess) / 2
+    return kl, (-difference.expm1() - excess) / 2 * (hi - lo) / 2
 
 
 def _noise(noise: Noise, x: Tensor) -> Tensor:

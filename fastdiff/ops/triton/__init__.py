@@ -1,0 +1,18 @@
+"""The Triton backend: the step family, noising and the loss on NVIDIA GPUs, with the bits of the native backend."""
+
+try:
+    import triton as _  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"triton is missing: {error}") from None
+
+from fastdiff.ops.triton.bodies import (
+    add_noise,
+    affine_step,
+    diffusion_loss,
+    diffusion_loss_backward,
+    guide,
+    normal,
+    refuses,
+)
+
+__all__ = ["add_noise", "affine_step", "diffusion_loss", "diffusion_loss_backward", "guide", "normal", "refuses"]
