@@ -1,7 +1,7 @@
-"""Everything static is in pyproject.toml; this builds the optional extension ``fastdiff._C``.
+"""Everything static is in pyproject.toml; this builds the optional extension ``fastdiff._C``, which needs no torch.
 
-It needs no torch. Without a C++ compiler the package installs as pure Python, without nvcc the extension is for the
-CPU only; either way ``fastdiff/_build.txt`` keeps the reason, which ``fastdiff info`` shows.
+Without a C++ compiler the package installs as pure Python, without nvcc the extension is for the CPU only; either way
+``fastdiff/_build.txt`` keeps the reason, which ``fastdiff info`` shows.
 """
 
 import os
@@ -21,26 +21,35 @@ CPP = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wextra", "-Wno-
 CPP += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 NVCC = ["-O3", "-std=c++17", "--fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = ("80", "86", "89", "90", "100")
-KERNELS = sorted(glob("csrc/cuda/*.cu"))
+REPORT = "fastdiff/_build.txt"
 run = partial(subprocess.run, check=True, capture_output=True, text=True)
+KERNELS, SOURCES, HEADERS = (sorted(glob(f"csrc/**/*.{kind}", recursive=True)) for kind in ("cu", "cpp", "h"))
+NATIVE = Extension("fastdiff._C", SOURCES, depends=HEADERS + KERNELS, extra_compile_args=CPP, optional=True)
+NATIVE.extra_link_args = ["-fopenmp", "-s"]
 
 
 class BuildNative(build_ext):
     """Builds what can be built: with CUDA, without, or nothing; and writes down why not more."""
 
     def build_extension(self, ext):
-        home = "fastdiff" if self.inplace else Path(self.get_ext_fullpath(ext.name)).parent
-        report, problems = Path(home, "_build.txt"), []
+        report, problems = Path(self.build_lib, REPORT), []
         report.unlink(missing_ok=True)
         for attempt, what in ((self.with_cuda, "no CUDA kernels"), (self.with_cpp, "no compiled extension")):
             try:
-                attempt(ext)
-                break
+                return attempt(ext)
             except (Exception, SystemExit) as error:  # whatever went wrong, the rest of the package stands
-                said = getattr(error, "stderr", None) or str(error) or type(error).__name__
-                problems.append(f"{what}: {said.strip().splitlines()[-1][:300]}")
+                said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+                said = re.sub(r"Command '\['([^']*)'.*", r"\1 failed (pip install -v shows how)", said)
+                problems.append(f"{what}: {said}")
                 report.parent.mkdir(parents=True, exist_ok=True)
                 report.write_text("; ".join(problems) + "\n")
+        return None
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        Path(REPORT).unlink(missing_ok=True)
+        if Path(self.build_lib, REPORT).exists():
+            shutil.copy(Path(self.build_lib, REPORT), REPORT)
 
     def with_cpp(self, ext):
         import pybind11
@@ -49,23 +58,19 @@ class BuildNative(build_ext):
         super().build_extension(ext)
 
     def with_cuda(self, ext):
-        ext, nvcc, folder = deepcopy(ext), find_nvcc(), Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
-        for source in KERNELS:
-            ext.extra_objects.append(str(folder / f"{Path(source).stem}.cu.o"))
-            run([nvcc, *NVCC, *architectures(nvcc), "-c", source, "-o", ext.extra_objects[-1]])
-        ext.library_dirs += library_folders(nvcc)
+        ext, home = deepcopy(ext), os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        nvcc = shutil.which("nvcc", path=f"{home}/bin{os.pathsep}{os.environ['PATH']}")
+        if nvcc is None:
+            raise FileNotFoundError("nvcc was not found at build time (CUDA_HOME, PATH)")
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        ext.extra_objects = [str(Path(self.build_temp, f"{Path(source).stem}.cu.o")) for source in KERNELS]
+        for source, target in zip(KERNELS, ext.extra_objects):
+            run([nvcc, *NVCC, *architectures(nvcc), "-c", source, "-o", target])
+        top = re.search(r"TOP=(.*)", run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]).stderr)[1]
+        ext.library_dirs += [f for pattern in ("lib64", "lib", "targets/*/lib") for f in glob(f"{top}/{pattern}")]
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
         ext.define_macros.append(("FASTDIFF_CUDA", "1"))
         self.with_cpp(ext)
-
-
-def find_nvcc():
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        raise FileNotFoundError("nvcc was not found at build time (PATH, CUDA_HOME)")
-    return nvcc
 
 
 def architectures(nvcc):
@@ -76,13 +81,4 @@ def architectures(nvcc):
     return [f"-gencode=arch=compute_{a},code={code}" for a, code in pairs]
 
 
-def library_folders(nvcc):
-    top = re.search(r"TOP=(.*)", run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]).stderr)[1]
-    return [folder for pattern in ("lib64", "lib", "targets/*/lib") for folder in glob(f"{top}/{pattern}")]
-
-
-SOURCES, HEADERS = (sorted(glob(f"csrc/**/*.{kind}", recursive=True)) for kind in ("cpp", "h"))
-LINK = ["-fopenmp", "-s"]
-NATIVE = Extension("fastdiff._C", SOURCES, depends=HEADERS + KERNELS, extra_compile_args=CPP, extra_link_args=LINK)
-NATIVE.optional = True
 setup(ext_modules=[NATIVE], cmdclass={"build_ext": BuildNative})

@@ -1,62 +1,75 @@
 #!/usr/bin/env bash
 # benchmarks/gpu.sh OUT: on a machine with an NVIDIA GPU, build in place without network, run the GPU-marked tests and
-# every benchmark, leave logs and JSON in OUT, and print a short summary last. Fails if tests fail or a result is wrong.
-# PYTHON names the interpreter (python3). LIMIT is the time for everything, in seconds (560).
+# every benchmark, leave OUT/machine.txt, OUT/log.txt and OUT/NAME.json, and print a short summary last.
+# Exit status 1 if a test or a benchmark failed; the benchmarks run in either case.
+# PYTHON: the interpreter (python3). LIMIT: seconds for everything (560). FASTDIFF_COMMIT: what is measured, without git.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: benchmarks/gpu.sh OUT" >&2; exit 2; }
 mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
-python=${PYTHON:-python3} limit=${LIMIT:-560} status=0
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+python=${PYTHON:-python3} limit=${LIMIT:-560} failed=()
+log=$out/log.txt
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+: >"$log"
 
-within() { # SECONDS COMMAND...: for so long at most, and within the limit
-  local left=$((limit - SECONDS)) most=$1
-  shift
-  timeout $((left < 1 ? 1 : left < most ? left : most)) "$@"
+stage() { # NAME SECONDS COMMAND...: into the log, for so long at most, and within the limit
+  local name=$1 most=$2 left=$((limit - SECONDS))
+  shift 2
+  printf '\n==== %s, after %d s\n' "$name" "$SECONDS" >>"$log"
+  timeout $((left < 1 ? 1 : left < most ? left : most)) "$@" >>"$log" 2>&1 || failed+=("$name (status $?)")
 }
 
-has() { "$python" -c "import $1" 2>/dev/null; }
-
-{
+describe() {
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   "$python" - <<'PY'
-import sys, torch
-print("python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda, "commit", end=" ")
-from benchmarks.harness import commit
-print(commit())
-for name in ("triton", "diffusers", "hypothesis"):
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+print("python", platform.python_version(), "CUDA", torch.version.cuda)
+for name in ("torch", "triton", "diffusers", "hypothesis", "pytest"):
     try:
-        print(name, __import__(name).__version__)
-    except Exception as error:
-        print(f"{name} is missing: {error}")
+        print(name, version(name))
+    except PackageNotFoundError:
+        print(name, "is missing")
 PY
-} >"$out/machine.txt" 2>&1
+  "$python" -c 'from benchmarks.harness import commit; print("commit", commit())'
+}
 
-within 240 "$python" setup.py build_ext --inplace >"$out/build.log" 2>&1 || echo "the build failed" >>"$out/build.log"
-within 60 "$python" -c 'import fastdiff; print(fastdiff.explain("cuda"))' >"$out/backends.txt" 2>&1
+gpu_tests() { # the files with GPU-marked tests that can be imported here
+  "$python" - tests/test_*.py <<'PY'
+import sys
+from pathlib import Path
 
-tests=$(grep -lE 'mark\.gpu' tests/test_*.py || true)
-if ! has hypothesis && [ -n "$tests" ]; then
-  skipped=$(grep -lE '^(import|from) hypothesis' $tests || true)
-  tests=$(grep -LE '^(import|from) hypothesis' $tests || true)
-fi
-if [ -n "$tests" ]; then
-  within 200 "$python" -m pytest -m gpu -p no:cacheprovider $tests >"$out/tests.log" 2>&1 || status=1
-else
-  echo "no GPU-marked tests could be run" >"$out/tests.log"
-fi
-[ -z "${skipped:-}" ] || echo "not run, for hypothesis is missing:" $skipped >>"$out/tests.log"
+sys.path.insert(0, "tests")
+for path in map(Path, sys.argv[1:]):
+    if "mark.gpu" not in path.read_text():
+        continue
+    try:
+        __import__(path.stem)
+    except ModuleNotFoundError as missing:
+        if not (missing.name or "").startswith("fastdiff"):
+            print(f"not run: {path}: {missing}", file=sys.stderr)
+            continue
+    except BaseException:  # pytest tells it better
+        pass
+    print(path)
+PY
+}
 
+describe >"$out/machine.txt" 2>&1
+stage build 240 "$python" setup.py build_ext --inplace
+stage backends 60 "$python" -c 'import fastdiff; print(fastdiff.explain("cuda"))'
+mapfile -t tests < <(gpu_tests 2>>"$log")
+[ ${#tests[@]} -eq 0 ] || stage tests 200 "$python" -m pytest -m gpu -p no:cacheprovider "${tests[@]}"
 for name in $("$python" -c 'import benchmarks; print(*benchmarks.NAMES)'); do
-  within 300 "$python" -m benchmarks "$name" --device cuda --json "$out/$name.json" >"$out/$name.txt" 2>"$out/$name.log"
-  code=$?
-  [ $code -eq 0 ] || { status=1; echo "$name ended with status $code" >>"$out/$name.log"; }
+  stage "$name" 400 "$python" -m benchmarks "$name" --device cuda --seconds 0.4 --json "$out/$name.json"
 done
 
-echo
+printf '\n'
 cat "$out/machine.txt"
-tail -n 1 "$out/build.log"
-tail -n 2 "$out/tests.log"
-grep -h 'is left out\|ended with' "$out"/*.log | cut -c1-160 | sort | uniq | head -n 12
+grep -hE '^not run|(passed|failed|skipped|deselected).* in [0-9.]+s' "$log"
+grep -hoE 'note: .* is left out: .{1,40}' "$log" | sed 's/.*: \(.* is left out\)/\1/' | sort | uniq -c | head -n 8
 files=("$out"/*.json)
 [ ! -e "${files[0]}" ] || "$python" -m benchmarks.summary "${files[@]}"
-exit $status
+[ ${#failed[@]} -eq 0 ] || { printf 'FAILED: %s\n' "${failed[*]}"; exit 1; }

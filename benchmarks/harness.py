@@ -131,7 +131,7 @@ def measure(
         return [_row(case, device, {}, None, wrong.error)]
     binds = _present(case, inputs[0], quick)
     times = race({name: [bind(arrays) for arrays in inputs] for name, bind in binds.items()}, device, seconds)
-    peers = [name for name in binds if name not in ("ours", "floor")]
+    peers: list[str | None] = [name for name in binds if name not in ("ours", "floor")]
     return [_row(case, device, times, peer, error) for peer in peers or [None]]
 
 
@@ -176,7 +176,8 @@ def check(name: str, got: Sequence[Tensor], want: Sequence[Tensor], tolerance: f
 def relative_error(got: Tensor, want: Tensor) -> float:
     if got.shape != want.shape:
         return math.inf
-    return float((got.double() - want).abs().max() / want.abs().max())
+    error = float((got.double() - want).abs().max() / want.abs().max())
+    return math.inf if math.isnan(error) else error
 
 
 def results(bind: Bind, arrays: Arrays) -> list[Tensor]:
@@ -354,7 +355,9 @@ def note(text: str) -> None:
 
 @cache
 def commit() -> str:
-    """The commit that is measured, ``-dirty`` with changes of its own, or ``unknown`` outside a repository."""
+    """The commit that is measured, ``-dirty`` with changes: FASTDIFF_COMMIT, what git says, or ``unknown``."""
+    if given := os.environ.get("FASTDIFF_COMMIT"):
+        return given
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

@@ -90,7 +90,7 @@ def make_scheduler(name: str, device: torch.device) -> Any:
     """A scheduler on the linear schedule that has taken up its timesteps."""
     import diffusers
 
-    classes = {
+    classes: dict[str, Callable[..., Any]] = {
         "DDIM": partial(diffusers.DDIMScheduler, clip_sample=False),
         "DDPM": partial(diffusers.DDPMScheduler, clip_sample=False),
         "DPM++2M": partial(diffusers.DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", solver_order=2),

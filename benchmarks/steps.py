@@ -34,10 +34,10 @@ SEED = 7
 
 
 def cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
+    yield from host_cases(device)
     for shape in (TINY,) if quick else CUDA if device.type == "cuda" else CPU:
         for family in (step_cases, noise_cases, loss_cases):
             yield from family(shape, device)
-    yield from host_cases(device)
 
 
 def step_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
@@ -114,9 +114,9 @@ def our_step(table: Tensor, new: bool, **noise: int) -> Bind:
 def _our_step(table: Tensor, new: bool, noise: dict[str, Any], arrays: Arrays) -> Call:
     x, output, uncond, h1 = State(*arrays.reads)
     history = () if h1 is None else (h1,)
-    kept = {"history": arrays.writes[1:]} if history else {"x0": arrays.writes[1]}
-    out = None if new else fd.ops.Step(arrays.writes[0], **kept)  # type: ignore[arg-type]
-    options = {"uncond": uncond, "history": history, "keep_x0": not history, "out": out}
+    kept: dict[str, Any] = {"history": arrays.writes[1:]} if history else {"x0": arrays.writes[1]}
+    out = None if new else fd.ops.Step(arrays.writes[0], **kept)
+    options: dict[str, Any] = {"uncond": uncond, "history": history, "keep_x0": not history, "out": out}
     return partial(fd.ops.affine_step, x, output, table, ROW, **options, **noise)
 
 
@@ -134,7 +134,8 @@ def affine(table: Tensor, arrays: Arrays, noise: Callable[[Tensor], Tensor] | No
 
 
 def our_guide(new: bool, arrays: Arrays) -> Call:
-    return partial(fd.ops.guide, *arrays.reads, SCALE, out=None if new else arrays.writes[0])
+    cond, uncond = arrays.reads
+    return partial(fd.ops.guide, cond, uncond, SCALE, out=None if new else arrays.writes[0])
 
 
 def guide(arrays: Arrays) -> Outputs:
@@ -177,6 +178,7 @@ def forward_drawing(shape: Shape, device: torch.device, *, new: bool) -> Case:
 
 def normals(shape: Shape, device: torch.device, *, new: bool) -> Case:
     place = Address(SEED, ROW, None, Stream.STEP)
+    ours: Bind
     if new:
         make = partial(fd.noise.normal, shape, seed=SEED, step=ROW, device=device)
         ours, peer = lambda _: make, peers.eager("torch.randn", lambda _: torch.randn(shape, device=device), None)
@@ -189,13 +191,14 @@ def fill(arrays: Arrays) -> Tensor:
     return arrays.writes[0].normal_()
 
 
-def our_add_noise(at: tuple[Tensor, Tensor], new: bool, arrays: Arrays, **noise: int) -> Call:
+def our_add_noise(at: tuple[Tensor, Tensor], new: bool, arrays: Arrays, **noise: Any) -> Call:
     x0, *given = arrays.reads
     return partial(fd.ops.add_noise, x0, *at, *given, out=None if new else arrays.writes[0], **noise)
 
 
 def our_noising(timesteps: Tensor, arrays: Arrays) -> Call:
-    return partial(DIFFUSION.add_noise, *arrays.reads, timesteps)
+    x0, noise = arrays.reads
+    return partial(DIFFUSION.add_noise, x0, noise, timesteps)
 
 
 def our_normal(place: Address, arrays: Arrays) -> Call:

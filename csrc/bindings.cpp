@@ -127,7 +127,8 @@ class Plan {
     for (int d = 0; d < dims_; ++d) space.elements *= shape_[d];
     mark_flat();
     join(space);
-    if (device_.type == CUDA && space.dims > 2) refuse("tensors on a CUDA device must be contiguous or channels-last");
+    if (device_.type == CUDA && (space.dims > 2 || space.elements > UINT32_MAX))
+      refuse("tensors on a CUDA device must be contiguous or channels-last, with samples of less than 2^32 elements");
     bool one_piece = uniform;
     for (int i = 0; i < count_; ++i)
       one_piece = one_piece && operands_[i]->flat && operands_[i]->sample == space.elements;

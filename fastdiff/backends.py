@@ -31,6 +31,8 @@ Body = Callable[..., Any]
 def backend(name: str) -> Iterator[None]:
     """Run ops on one backend inside a ``with`` block: ``auto``, ``reference``, ``native`` or ``triton``.
 
+    A compiled function asks for the backend when it runs: put the block around its call, not inside it.
+
     Raises:
         InputError: an unknown name, or a backend that is not available here (with the reason).
     """

@@ -96,3 +96,26 @@ def levels_schedule(alpha: Tensor, sigma: Tensor, name: str = "levels") -> fd.Sc
     """A schedule of exactly these levels, noisiest first as a run visits them; ``name`` "flow" marks rectified flow."""
     alpha, sigma = alpha.flip(0), sigma.flip(0)
     return fd.Schedule(alpha, sigma, torch.ones_like(alpha), torch.arange(len(alpha)), {"name": name})
+
+
+def philox_integers(counter, key):
+    """Philox4x32-10 of Salmon et al. 2011 on Python's unbounded integers."""
+    x = list(counter)
+    k = list(key)
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * x[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * x[2], 2**32)
+        x = [high1 ^ x[1] ^ k[0], low1, high0 ^ x[3] ^ k[1], low0]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return x
+
+
+PHILOX_ANSWERS = [  # Random123's known answers: counter, key, words
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def words(text):
+    return [int(word, 16) for word in text.split()]

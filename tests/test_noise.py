@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracles import PHILOX_ANSWERS, philox_integers, words
 from scipy import stats
 
 import fastdiff as fd
@@ -17,30 +18,7 @@ LARGEST = MASK
 # ---- Philox ---------------------------------------------------------------------------------
 
 
-def philox_integers(counter, key):
-    """Philox4x32-10 of Salmon et al. 2011 on Python's unbounded integers."""
-    x = list(counter)
-    k = list(key)
-    for _ in range(10):
-        high0, low0 = divmod(0xD2511F53 * x[0], 2**32)
-        high1, low1 = divmod(0xCD9E8D57 * x[2], 2**32)
-        x = [high1 ^ x[1] ^ k[0], low1, high0 ^ x[3] ^ k[1], low0]
-        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
-    return x
-
-
-KNOWN = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]
-
-
-def words(text):
-    return [int(word, 16) for word in text.split()]
-
-
-@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+@pytest.mark.parametrize(("counter", "key", "expected"), PHILOX_ANSWERS)
 def test_random123_known_answers(counter, key, expected):
     assert philox4x32(torch.tensor(words(counter)), torch.tensor(words(key))).tolist() == words(expected)
     assert philox_integers(words(counter), words(key)) == words(expected), "the test's own oracle"

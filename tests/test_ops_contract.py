@@ -1,124 +1,25 @@
-# ---- gradients ------------------------------------------------------------------------------
+"""Proves the contract around the ops: which backend serves, and one InputError by name for whatever does not fit."""
 
+import math
+from functools import partial
 
-def leaf(shape, seed):
-    return randn(shape, seed, F64).requires_grad_()
+import numpy as np
+import pytest
+import torch
+from op_tools import PROCESS
 
-
-GRADIENTS = {
-    "add_noise": lambda s: (fd.ops.add_noise, (leaf(s, 0), leaf(s[:1], 1), leaf(s[:1], 2), leaf(s, 3))),
-    "diffusion_loss": lambda s: (
-        fd.ops.diffusion_loss,
-        (leaf(s, 0), leaf(s, 1), leaf(s[:1], 2), leaf(s[:1], 3), leaf(s[:1], 4), leaf(s, 5)),
-    ),
-    "guide": lambda s: (fd.ops.guide, (leaf(s, 0), leaf(s, 1), leaf(s[:1], 2))),
-    "group_norm_silu": lambda s: (
-        lambda x, w, b, scale_, shift: fd.ops.group_norm_silu(x, 2, w, b, scale=scale_, shift=shift),
-        (leaf(s, 0), leaf(s[1:2], 1), leaf(s[1:2], 2), leaf(s[:2], 3), leaf(s[:2], 4)),
-    ),
-    "group_norm": lambda s: (lambda x: fd.ops.group_norm_silu(x, 2, activation="none"), (leaf(s, 0),)),
-}
-
-
-@pytest.mark.parametrize("op", GRADIENTS)
-@pytest.mark.parametrize("shape", [(2, 4), (1, 2, 3), (2, 4, 2, 3), (1, 4, 2, 1, 2)], ids=str)
-def test_gradients(op, shape):
-    call, inputs = GRADIENTS[op](shape)
-    assert torch.autograd.gradcheck(call, inputs, atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.parametrize("op", GRADIENTS)
-def test_second_derivatives(op):
-    call, inputs = GRADIENTS[op]((2, 2, 3))
-    assert torch.autograd.gradgradcheck(call, inputs, atol=1e-5, rtol=1e-3)
-
-
-def test_the_loss_sends_its_gradient_to_the_network_in_the_network_s_dtype():
-    out = randn((2, 3, 4), 0, BF16).requires_grad_()
-    x0, f, g, w = randn((2, 3, 4), 1), torch.zeros(2), torch.ones(2), torch.tensor([1.0, 3.0])
-    noise = randn((2, 3, 4), 2)
-    fd.ops.diffusion_loss(out, x0, f, g, w, noise).sum().backward()
-    truth = column(w, x0) * 2 * (exact(out) - exact(noise)) / 12
-    assert out.grad.dtype == BF16
-    assert_within(out.grad, truth, (unit(BF16) + 8 * unit(F32)) * np.abs(truth) + 1e-6)
-
-
-# ---- properties -----------------------------------------------------------------------------
-
-CASES = {
-    "shape": st.lists(st.integers(1, 6), min_size=1, max_size=4).flatmap(
-        lambda inner: st.integers(0, 4).map(lambda n: (n, *inner))
-    ),
-    "dtype": st.sampled_from([F32, F64]),
-    "narrow": st.sampled_from([F32, F64, BF16, F16]),
-    "layout": st.sampled_from(LAYOUTS),
-    "flags": st.tuples(*[st.booleans()] * 5),
-    "stored": st.integers(0, 3),
-    "seed": st.integers(0, 2**31),
-}
-
-
-def property_add_noise(shape, dtype, narrow, layout, flags, stored, seed):
-    check_add_noise(shape, narrow, layout, flags[0], dtype, seed)
-
-
-def property_diffusion_loss(shape, dtype, narrow, layout, flags, stored, seed):
-    check_diffusion_loss(shape, dtype, layout, narrow, seed)
-
-
-def property_guide(shape, dtype, narrow, layout, flags, stored, seed):
-    check_guide(shape, narrow, layout, flags[0], seed)
-
-
-def property_affine_step(shape, dtype, narrow, layout, flags, stored, seed):
-    check_affine_step(shape, dtype, narrow, layout, *flags[:2], stored, *flags[2:], seed=seed)
-
-
-def property_group_norm_silu(shape, dtype, narrow, layout, flags, stored, seed):
-    n, channels, *rest = shape
-    parts = "".join(part for part, used in zip("wbsh", flags, strict=False) if used)
-    activation = "silu" if flags[4] else "none"
-    # At least two elements in each group: a group of one has its own test.
-    check_group_norm((n, 2 * channels, *rest), channels, narrow, layout, parts, activation, seed)
-
-
-PROPERTIES = {
-    "add_noise": property_add_noise,
-    "diffusion_loss": property_diffusion_loss,
-    "guide": property_guide,
-    "affine_step": property_affine_step,
-    "group_norm_silu": property_group_norm_silu,
-}
-QUICK = settings(max_examples=200, deadline=None, derandomize=True, database=None)
-LONG = settings(QUICK, max_examples=10_000)
-ops = pytest.mark.parametrize("op", PROPERTIES)
-
-
-@ops
-@QUICK
-@given(case=st.fixed_dictionaries(CASES))
-def test_properties(op, case):
-    PROPERTIES[op](**case)
-
-
-@pytest.mark.slow
-@ops
-@LONG
-@given(case=st.fixed_dictionaries(CASES))
-def test_properties_at_length(op, case):
-    PROPERTIES[op](**case)
-
+import fastdiff as fd
+from fastdiff import backends
+from fastdiff.ops.row import make_table
 
 # ---- backends -------------------------------------------------------------------------------
-
-OPS = ("add_noise", "posterior_step", "ddim_step", "guide", "affine_step", "diffusion_loss", "group_norm_silu")
 
 
 def test_the_reference_serves_everything():
     with fd.backend("reference"):
         text = fd.explain()
         fd.ops.guide(torch.ones(1, 1), torch.ones(1, 1), 1.0)
-    for op in OPS:
+    for op in backends.OPS:
         line = next(line for line in text.splitlines() if line.startswith(op))
         assert line.split()[1] == "reference"
 
@@ -126,7 +27,7 @@ def test_the_reference_serves_everything():
 def test_explain_names_every_op_and_why_not_another_backend():
     with fd.backend("auto"):
         lines = fd.explain().splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(OPS)
+    assert [line.split()[0] for line in lines[1:]] == list(backends.OPS)
     assert "auto" in lines[0]
     for line in lines[1:]:
         chosen = line.split()[1]
@@ -135,12 +36,23 @@ def test_explain_names_every_op_and_why_not_another_backend():
             assert chosen == "native" or f"not {other}: " in line
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("native", ": ."), ("triton", ": ."), ("cuda", "reference"), ("", "native")]
-)
-def test_a_backend_that_cannot_be_served_says_why(name, reason):
+@pytest.mark.parametrize(("name", "reason"), [("cuda", "reference"), ("", "native"), (None, "native")])
+def test_an_unknown_backend_is_refused_with_those_there_are(name, reason):
     with pytest.raises(fd.InputError, match=reason), fd.backend(name):
         pass
+
+
+def test_a_backend_that_is_not_there_says_why(monkeypatch):
+    monkeypatch.setattr(backends, "load", lambda name: (None, "it was not built"))
+    with pytest.raises(fd.InputError, match="not available: it was not built"), fd.backend("native"):
+        pass
+
+
+def test_a_backend_that_cannot_serve_a_call_says_why():
+    with fd.backend("native"), pytest.raises(fd.InputError, match="float32, not in float64"):
+        fd.ops.guide(X.double(), X.double(), 1.0)
+    with fd.backend("reference"):
+        assert fd.ops.guide(X.double(), X.double(), 1.0).dtype == torch.float64
 
 
 def fail_under(name):
@@ -161,6 +73,39 @@ X = torch.zeros(2, 3, 4)
 W = torch.zeros(2)
 TABLE = make_table(3)
 VP = PROCESS["vp"][0]
+LEARNED = torch.zeros(2, 6, 4)
+
+STRANGE = {
+    "a list": [0.0],
+    "a number": 1.0,
+    "an array": np.zeros((2, 3, 4), np.float32),
+    "integers": X.long(),
+    "booleans": X.bool(),
+    "complex": X + 0j,
+    "float8": X.to(torch.float8_e5m2),
+    "sparse": X.to_sparse(),
+    "meta": X.to("meta"),
+    "too long": torch.zeros(2, 3, 5),
+    "too flat": torch.zeros(2),
+}
+ARGUMENTS = {
+    "add_noise: x0": lambda v: fd.ops.add_noise(v, 1, 1, seed=0),
+    "add_noise: noise": lambda v: fd.ops.add_noise(X, 1, 1, v),
+    "loss: output": lambda v: fd.ops.diffusion_loss(v, X, W, W, W, X),
+    "loss: x0": lambda v: fd.ops.diffusion_loss(X, v, W, W, W, X),
+    "guide: cond": lambda v: fd.ops.guide(v, X, 1.0),
+    "guide: uncond": lambda v: fd.ops.guide(X, v, 1.0),
+    "affine: x": lambda v: fd.ops.affine_step(v, X, TABLE, 0),
+    "affine: output": lambda v: fd.ops.affine_step(X, v, TABLE, 0),
+    "affine: h1": lambda v: fd.ops.affine_step(X, X, TABLE, 0, history=(v,)),
+    "affine: h3": lambda v: fd.ops.affine_step(X, X, TABLE, 0, history=(X, X, v)),
+    "affine: noise": lambda v: fd.ops.affine_step(X, X, TABLE, 0, noise=v),
+    "affine: anchor": lambda v: fd.ops.affine_step(X, X, TABLE, 0, anchor=v),
+    "affine: uncond": lambda v: fd.ops.affine_step(X, X, TABLE, 0, uncond=v),
+    "posterior: output": lambda v: fd.ops.posterior_step(X, v, *VP, noise=X),
+    "ddim: x": lambda v: fd.ops.ddim_step(v, X, *VP),
+}
+FREE = ("add_noise: x0", "loss: x0", "guide: cond", "affine: x", "ddim: x")  # of any length
 
 BAD = {
     "add_noise: list": (lambda: fd.ops.add_noise([1.0], 1, 1, X), "x0"),
@@ -181,9 +126,9 @@ BAD = {
     "add_noise: sigma none": (lambda: fd.ops.add_noise(X, 1, None, X), "sigma"),
     "add_noise: sample ids": (lambda: fd.ops.add_noise(X, 1, 1, seed=0, sample=[1]), "sample"),
     "add_noise: negative step": (lambda: fd.ops.add_noise(X, 1, 1, seed=0, step=-1), "step"),
-    "loss: out shape": (lambda: fd.ops.diffusion_loss(X[:, :1], X, W, W, W, X), "out"),
-    "loss: out type": (lambda: fd.ops.diffusion_loss(None, X, W, W, W, X), "out"),
-    "loss: integer out": (lambda: fd.ops.diffusion_loss(X.long(), X, W, W, W, X), "out"),
+    "loss: out shape": (lambda: fd.ops.diffusion_loss(X[:, :1], X, W, W, W, X), "output"),
+    "loss: out type": (lambda: fd.ops.diffusion_loss(None, X, W, W, W, X), "output"),
+    "loss: integer out": (lambda: fd.ops.diffusion_loss(X.long(), X, W, W, W, X), "output"),
     "loss: f length": (lambda: fd.ops.diffusion_loss(X, X, W[:1], W, W, X), "f must"),
     "loss: g shape": (lambda: fd.ops.diffusion_loss(X, X, W, X, W, X), "g must"),
     "loss: weight device": (lambda: fd.ops.diffusion_loss(X, X, W, W, W.to("meta"), X), "weight"),
@@ -196,8 +141,8 @@ BAD = {
     "guide: scale length": (lambda: fd.ops.guide(X, X, torch.ones(3)), "scale"),
     "guide: scale word": (lambda: fd.ops.guide(X, X, "strong"), "scale"),
     "affine: half state": (lambda: fd.ops.affine_step(X.half(), X, TABLE, 0), "x must"),
-    "affine: out channels": (lambda: fd.ops.affine_step(X, torch.zeros(2, 5, 4), TABLE, 0), "out"),
-    "affine: out device": (lambda: fd.ops.affine_step(X, X.to("meta"), TABLE, 0), "out"),
+    "affine: out channels": (lambda: fd.ops.affine_step(X, torch.zeros(2, 5, 4), TABLE, 0), "output"),
+    "affine: out device": (lambda: fd.ops.affine_step(X, X.to("meta"), TABLE, 0), "output"),
     "affine: uncond shape": (lambda: fd.ops.affine_step(X, X, TABLE, 0, uncond=torch.zeros(2, 6, 4)), "uncond"),
     "affine: table width": (lambda: fd.ops.affine_step(X, X, TABLE[:, 1:], 0), "table"),
     "affine: table device": (lambda: fd.ops.affine_step(X, X, TABLE.to("meta"), 0), "table"),
@@ -238,10 +183,40 @@ BAD = {
     "norm: scale shape": (lambda: fd.ops.group_norm_silu(X, 3, scale=torch.ones(3)), "scale"),
     "norm: shift shape": (lambda: fd.ops.group_norm_silu(X, 3, shift=torch.ones(2, 2)), "shift"),
     "norm: activation": (lambda: fd.ops.group_norm_silu(X, 3, activation="gelu"), "activation"),
+    "affine: integer table": (lambda: fd.ops.affine_step(X, X, TABLE.long(), 0), "table"),
+    "affine: no rows": (lambda: fd.ops.affine_step(X, X, TABLE[:0], 0), "table"),
+    "affine: table of one dimension": (lambda: fd.ops.affine_step(X, X, TABLE[0], 0), "table"),
+    "affine: huge row": (lambda: fd.ops.affine_step(X, X, TABLE, 2**62), "row"),
+    "affine: row beyond 64 bits": (lambda: fd.ops.affine_step(X, X, TABLE, 2**70), "row"),
+    "affine: row none": (lambda: fd.ops.affine_step(X, X, TABLE, None), "row"),
+    "affine: rows in a matrix": (lambda: fd.ops.affine_step(X, X, TABLE, torch.zeros(2, 1).long()), "row"),
+    "affine: rows meta": (lambda: fd.ops.affine_step(X, X, TABLE, torch.zeros(2).long().to("meta")), "row"),
+    "affine: sample ids": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=0, sample=[1, 2, 3]), "sample"),
+    "affine: sample negative": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=0, sample=[1, -2]), "sample"),
+    "affine: seeds": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=[1, 2, 3]), "seed"),
+    "affine: seed fractional": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=0.5), "seed"),
+    "affine: step beyond 32 bits": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=0, step=2**32), "step"),
+    "affine: input dtype": (lambda: fd.ops.affine_step(X, X, TABLE, 0, input_dtype=torch.int32), "input"),
+    "affine: x one dimension": (lambda: fd.ops.affine_step(W, W, TABLE, 0), "x must"),
+    "posterior: uncond narrow": (lambda: fd.ops.posterior_step(X, LEARNED, *VP, uncond=X, noise=X), "uncond"),
+    "posterior: level matrix": (lambda: fd.ops.posterior_step(X, X, torch.ones(2, 1), *VP[1:], noise=X), "alpha"),
+    "posterior: level word": (lambda: fd.ops.posterior_step(X, X, "a", *VP[1:], noise=X), "alpha"),
+    "posterior: NaN level": (lambda: fd.ops.posterior_step(X, X, math.nan, *VP[1:], noise=X), "finite"),
+    "ddim: infinite level": (lambda: fd.ops.ddim_step(X, X, VP[0], math.inf, *VP[2:]), "finite"),
+    "ddim: clip zero": (lambda: fd.ops.ddim_step(X, X, *VP, clip=0), "clip"),
+    "ddim: clip word": (lambda: fd.ops.ddim_step(X, X, *VP, clip="1"), "clip"),
     "table: unknown letter": (lambda: make_table(2, z=1.0), "letter"),
     "table: infinite letter": (lambda: make_table(2, a=math.inf), "coefficient a"),
     "table: NaN letter": (lambda: make_table(2, s=torch.tensor([0.0, math.nan])), "coefficient s"),
 }
+
+BAD |= {
+    f"{argument} {kind}": (partial(call, value), rf"\b{argument.split()[-1]}\b")
+    for argument, call in ARGUMENTS.items()
+    for kind, value in STRANGE.items()
+    if not (argument in FREE and kind == "too long")
+}
+assert len(BAD) >= 200
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -102,14 +102,16 @@ template <>
 struct Access<false> {
   const Space& space;
   const Place& place;
-  int64_t outer[4], inner[4];
+  int64_t outer[4];
+  uint32_t inner[4];
 
   __device__ __forceinline__ Access(const Space& space_, const Place& place_) : space(space_), place(place_) {
-    const int64_t size = space.dims == 2 ? space.size[1] : 1;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t element = place.first + i;
-      outer[i] = element / size, inner[i] = element - outer[i] * size;
+      outer[i] = place.first + i, inner[i] = 0;
+      if (space.dims < 2) continue;
+      const uint32_t element = uint32_t(outer[i]), size = uint32_t(space.size[1]);
+      outer[i] = element / size, inner[i] = element % size;
     }
   }
 

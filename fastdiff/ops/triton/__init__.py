@@ -1,7 +1,7 @@
 """The Triton backend: the step family, noising and the loss on NVIDIA GPUs, with the bits of the native backend."""
 
 try:
-    import triton as _  # noqa: F401
+    import triton as _  # type: ignore[import-untyped]  # noqa: F401
 except ImportError as error:
     raise ImportError(f"triton is missing: {error}") from None
 

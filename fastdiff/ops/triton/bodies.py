@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
-import triton
+import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fastdiff.noise import Address
 from fastdiff.ops.triton import kernels
-from fastdiff.ops.triton.kernels import Each, Operand
+from fastdiff.ops.triton.kernels import Dense, Each, Strided
 
 Noise = Tensor | Address | None
 Scalar = Tensor | float
@@ -54,36 +55,50 @@ def affine_step(
     noise: Noise,
     results: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
-    channels = x.shape[1]
-    fraction = output[:, channels:] if output.shape[1] > channels and noise is not None else None
     h1, h2, h3 = (*history, None, None, None)[:3]
-    uncond = uncond if uncond is None else uncond[:, :channels]
-    tensors = (x, output[:, :channels], fraction, uncond, h1, h2, h3, anchor, _given(noise))
+    uncond = uncond if uncond is None else uncond[:, : x.shape[1]]
+    tensors = (x, *_halves(output, x, noise), uncond, h1, h2, h3, anchor, _given(noise))
     if anchor is None:
         results = (*results[:3], None, results[4])
     _launch(kernels.affine_step, tensors, results, (table, len(table), _each(row)), noise)
 
 
 def diffusion_loss(
-    output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, noise: Noise, result: Tensor
+    output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, bound: Tensor | None, noise: Noise, result: Tensor
 ) -> None:
     elements = math.prod(x0.shape[1:])
+    if not x0.numel():
+        result.fill_(math.nan)  # the mean of nothing
+        return
     blocks, _ = _blocks(elements)
     partial = torch.empty((len(x0), blocks), dtype=torch.float32, device=x0.device)
-    tensors = (output[:, : x0.shape[1]], x0, _given(noise))
-    _launch(kernels.sum_of_squares, tensors, (), (partial, _each(f), _each(g)), noise, merge=False)
-    if len(x0):
-        with torch.cuda.device_of(x0):
-            kernels.weighted_mean[(len(x0),)](partial, result, _each(weight), elements, blocks, BLOCK=128, **EXACT)
+    tensors = (*_halves(output, x0, bound), x0, _given(noise))
+    _launch(kernels.loss_sums, tensors, (), (partial, *map(_each, (f, g, weight)), bound), noise, merge=False)
+    with torch.cuda.device_of(x0):
+        kernels.mean[(len(x0),)](partial, result, elements, blocks, BLOCK=128, **EXACT)
 
 
 def diffusion_loss_backward(
-    grad: Tensor, output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, noise: Noise, result: Tensor
+    grad: Tensor,
+    output: Tensor,
+    x0: Tensor,
+    f: Scalar,
+    g: Scalar,
+    weight: Scalar,
+    bound: Tensor | None,
+    noise: Noise,
+    result: Tensor,
 ) -> None:
-    channels, elements = x0.shape[1], math.prod(x0.shape[1:])
-    tensors = (output[:, :channels], x0, _given(noise))
-    numbers = (float(elements), *map(_each, (grad, weight, f, g)))
-    _launch(kernels.loss_backward, tensors, (result[:, :channels],), numbers, noise)
+    tensors = (*_halves(output, x0, bound), x0, _given(noise))
+    numbers = (float(math.prod(x0.shape[1:])), *map(_each, (grad, f, g, weight)), bound)
+    _launch(kernels.loss_backward, tensors, _halves(result, x0, bound), numbers, noise, merge=False)
+
+
+def _halves(output: Tensor, x: Tensor, wanted: object) -> tuple[Tensor, Tensor | None]:
+    """The prediction in a network's output and, where it is wanted and there, the fractions of a learned variance."""
+    channels = x.shape[1]
+    wide = wanted is not None and output.shape[1] > channels
+    return output[:, :channels], output[:, channels:] if wide else None
 
 
 # ---- launching ------------------------------------------------------------------------------
@@ -112,7 +127,9 @@ def _launch(
     operands = [_operand(t) for t in (*read, *written)]
     shape = {"BLOCK": QUADS * warps, "num_warps": warps}
     with torch.cuda.device_of(lead):
-        kernel[(samples * blocks,)](*operands, *numbers, *_address(noise), elements, positions, blocks, **shape, **EXACT)
+        kernel[(samples * blocks,)](
+            *operands, *numbers, *_address(noise), elements, positions, blocks, **shape, **EXACT
+        )
     for result, copy in zip(results, written, strict=True):
         if result is not None and copy is not None and copy is not result:
             result.copy_(copy)
@@ -130,13 +147,13 @@ def _regular(x: Tensor | None) -> Tensor | None:
     return x if x is None or _strides(x) else x.contiguous()
 
 
-def _operand(x: Tensor | None) -> Operand | None:
+def _operand(x: Tensor | None) -> Dense | Strided | None:
     if x is None:
         return None
     sample, channel, position = _strides(x) or (0, 0, 0)
     if position == 1 and channel == math.prod(x.shape[2:]):
-        return Operand(x, sample)
-    return Operand(x, sample, channel, position)
+        return Dense(x, sample)
+    return Strided(x, sample, channel, position)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int] | None:
@@ -146,7 +163,7 @@ def _strides(x: Tensor) -> tuple[int, int, int] | None:
         return x.numel() // len(x), positions, 1
     sizes, strides = x.shape[1:], x.stride()[1:]
     spatial = [(size, stride) for size, stride in zip(sizes[1:], strides[1:], strict=True) if size > 1] or [(1, 1)]
-    together = all(a[1] == b[0] * b[1] for a, b in zip(spatial, spatial[1:], strict=False))
+    together = all(a[1] == b[0] * b[1] for a, b in pairwise(spatial))
     if not together or math.prod(sizes) >= INT32:
         return None
     position = spatial[-1][1]

@@ -1,5 +1,5 @@
-# ruff: noqa: RET505 - Triton goes on compiling after an `if` that returned
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# ruff: noqa: RET505 - Triton goes on compiling after an ``if`` that returned
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 """The kernels. A program has ``BLOCK`` quads of one sample, one quad to a thread: four elements in row-major order,
 which share a Philox counter and, in dense float32 tensors, one 128-bit load or store.
 
@@ -12,16 +12,23 @@ import triton
 import triton.language as tl
 
 from fastdiff.ops.row import LETTERS
-from fastdiff.ops.triton.maths import clamp, exponential, normals, philox
+from fastdiff.ops.triton.maths import clamp, divergence, exponential, log_variance_of, normals, philox
 
 
-class Operand(NamedTuple):
-    """A tensor as ``[N, C, positions]`` by its strides; ``channel`` is None where a sample is row-major without gaps."""
+class Dense(NamedTuple):
+    """A tensor whose samples are row-major without gaps, by the distance between them."""
 
     data: Any
     sample: Any
-    channel: Any = None
-    position: Any = None
+
+
+class Strided(NamedTuple):
+    """A tensor as ``[N, C, positions]`` by its strides."""
+
+    data: Any
+    sample: Any
+    channel: Any
+    position: Any
 
 
 class Each(NamedTuple):
@@ -52,6 +59,8 @@ class Place(NamedTuple):
 
 COLUMNS = tl.constexpr(len(LETTERS))
 C_IN, W, P, Q, CLIP, A, B, C1, C2, C3, E, S, LO, HI, U, V, K, M, N = (tl.constexpr(i) for i in range(len(LETTERS)))
+ALPHA, SIGMA, BOUND_P, BOUND_Q, BOUND_B, BOUND_LO, BOUND_HI, WEIGHT = (tl.constexpr(i) for i in range(8))
+BOUND_COLUMNS = tl.constexpr(8)  # the letters of fastdiff/ops/forward.py
 NUMBERS = ["seed", "step", "ids", "stream", "row", "rows", "blocks"]  # compiled once for all their values
 
 
@@ -75,7 +84,7 @@ def pointers(operand, place, BLOCK: tl.constexpr):
     """The addresses of a program's elements in a tensor."""
     element = element_of(place, BLOCK)
     data = operand.data + place.sample * operand.sample
-    if operand.channel is None:
+    if len(operand) == 2:
         return data + element
     else:
         channel = element.to(tl.int32) // place.positions
@@ -98,10 +107,12 @@ def store(operand, place, value, BLOCK: tl.constexpr):
 @triton.jit
 def of_sample(value, sample, dtype: tl.constexpr):
     """A number, or the one that belongs to a sample."""
-    if hasattr(value, "stride"):
-        return tl.load(value.data + sample * value.stride).to(dtype)
-    else:
+    if isinstance(value, tl.tensor):
         return value.to(dtype)
+    elif isinstance(value, float):  # so it comes in the interpreter
+        return tl.full([], value, dtype)
+    else:
+        return tl.load(value.data + sample * value.stride).to(dtype)
 
 
 @triton.jit
@@ -126,11 +137,19 @@ def noise_of(source, place, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def difference(output, x0, f, g, source, place, BLOCK: tl.constexpr):
-    """output - (f x0 + g noise)"""
-    f, g = of_sample(f, place.sample, tl.float32), of_sample(g, place.sample, tl.float32)
-    data = f * load(x0, place, BLOCK)
-    return load(output, place, BLOCK) - (data + g * noise_of(source, place, BLOCK))
+def loss_of(output, fraction, x0, f, g, bound, source, place, BLOCK: tl.constexpr):
+    """output - (f x0 + g noise); with a bound also the divergence of each element and its slope in the fraction."""
+    prediction, data, z = load(output, place, BLOCK), load(x0, place, BLOCK), noise_of(source, place, BLOCK)
+    target = of_sample(f, place.sample, tl.float32) * data + of_sample(g, place.sample, tl.float32) * z
+    difference = prediction - target
+    value, slope = difference, difference
+    if bound is not None:
+        k = bound + place.sample * BOUND_COLUMNS
+        noisy = tl.load(k + ALPHA) * data + tl.load(k + SIGMA) * z
+        miss = data - (tl.load(k + BOUND_P) * noisy + tl.load(k + BOUND_Q) * prediction)
+        v, lo, hi = load(fraction, place, BLOCK), tl.load(k + BOUND_LO), tl.load(k + BOUND_HI)
+        value, slope = divergence(v, lo, hi, tl.load(k + BOUND_B), miss)
+    return difference, value, slope
 
 
 # ---- ops: what is read, what is written, numbers, address, space ------------------------------
@@ -155,9 +174,7 @@ def add_noise(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def guide(
-    cond, uncond, result, scale, seed, step, ids, stream, elements, positions, blocks, BLOCK: tl.constexpr
-):
+def guide(cond, uncond, result, scale, seed, step, ids, stream, elements, positions, blocks, BLOCK: tl.constexpr):
     place = locate(elements, positions, blocks, BLOCK)
     unconditional = load(uncond, place, BLOCK)
     beyond = of_sample(scale, place.sample, tl.float32) * (load(cond, place, BLOCK) - unconditional)
@@ -216,8 +233,8 @@ def affine_step(
     if noise is not None or seed is not None:
         std = tl.load(r + S)
         if fraction is not None:
-            high = (1.0 + load(fraction, place, BLOCK)) * 0.5
-            std = std * exponential((high * tl.load(r + HI) + (1.0 - high) * tl.load(r + LO)) * 0.5)
+            log_variance = log_variance_of(load(fraction, place, BLOCK), tl.load(r + LO), tl.load(r + HI))
+            std = std * exponential(log_variance * 0.5)
         following += std * noise_of(source, place, BLOCK)
     if x0_result is not None:
         store(x0_result, place, x0, BLOCK)
@@ -234,39 +251,61 @@ def affine_step(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def sum_of_squares(
-    output, x0, noise, partial, f, g, seed, step, ids, stream, elements, positions, blocks, BLOCK: tl.constexpr
+def loss_sums(
+    output,
+    fraction,
+    x0,
+    noise,
+    partial,
+    f,
+    g,
+    weight,
+    bound,
+    seed,
+    step,
+    ids,
+    stream,
+    elements,
+    positions,
+    blocks,
+    BLOCK: tl.constexpr,
 ):
-    """The sum over the elements of each program."""
+    """The loss, summed over the elements of each program."""
     place = locate(elements, positions, blocks, BLOCK)
-    d = difference(output, x0, f, g, Source(noise, seed, step, ids, stream), place, BLOCK)
+    source = Source(noise, seed, step, ids, stream)
+    difference, value, _ = loss_of(output, fraction, x0, f, g, bound, source, place, BLOCK)
+    loss = of_sample(weight, place.sample, tl.float32) * (difference * difference)
+    if bound is not None:
+        loss += tl.load(bound + place.sample * BOUND_COLUMNS + WEIGHT) * value
     inside = element_of(place, BLOCK) < place.elements
-    tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, d * d, 0.0)))
+    tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0)))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def weighted_mean(partial, result, weight, elements, blocks, BLOCK: tl.constexpr):
-    """The sums of a sample, added in a fixed order."""
+def mean(partial, result, elements, blocks, BLOCK: tl.constexpr):
+    """The mean of a sample from its sums, which are added in a fixed order."""
     sample = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, blocks, BLOCK):
         block = first + tl.arange(0, BLOCK)
         total += tl.load(partial + sample * blocks + block, mask=block < blocks, other=0.0).to(tl.float64)
-    mean = tl.sum(total) / elements
-    tl.store(result + sample, of_sample(weight, sample, tl.float32) * mean.to(tl.float32))
+    tl.store(result + sample, (tl.sum(total) / elements).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def loss_backward(
     output,
+    fraction,
     x0,
     noise,
     result,
+    fraction_result,
     count,
     grad,
-    weight,
     f,
     g,
+    weight,
+    bound,
     seed,
     step,
     ids,
@@ -278,6 +317,10 @@ def loss_backward(
 ):
     """``count`` is the number of elements of a sample, rounded to float32."""
     place = locate(elements, positions, blocks, BLOCK)
-    d = difference(output, x0, f, g, Source(noise, seed, step, ids, stream), place, BLOCK)
-    slope = of_sample(grad, place.sample, tl.float32) * of_sample(weight, place.sample, tl.float32)
-    store(result, place, slope * tl.div_rn(2.0, count) * d, BLOCK)
+    source = Source(noise, seed, step, ids, stream)
+    difference, _, slope = loss_of(output, fraction, x0, f, g, bound, source, place, BLOCK)
+    each = tl.div_rn(of_sample(grad, place.sample, tl.float32), count)
+    store(result, place, 2.0 * of_sample(weight, place.sample, tl.float32) * each * difference, BLOCK)
+    if bound is not None:
+        bound_weight = tl.load(bound + place.sample * BOUND_COLUMNS + WEIGHT)
+        store(fraction_result, place, bound_weight * each * slope, BLOCK)

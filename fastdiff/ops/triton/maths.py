@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 """Philox, Box-Muller and the exponential on values: csrc/noise.h and csrc/number.h, operation by operation.
 
 The constants are the float32 numbers written there in hexadecimal; every digit counts. No function loads or stores.
@@ -107,8 +107,39 @@ def exponential(x):
     whole = tl.where(k == k, k, 0.0).to(tl.int32)
     half = whole >> 1
     return (
-        e * ((half + 127) << 23).to(tl.float32, bitcast=True) * ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
+        e
+        * ((half + 127) << 23).to(tl.float32, bitcast=True)
+        * ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
     )
+
+
+@triton.jit
+def exponential_rest(d):
+    """exp(d) - 1 - d without cancellation near 0."""
+    p = tl.fma(d, 0.00019841270113829523, 0.0013888889225199819)
+    p = tl.fma(p, d, 0.008333333767950535)
+    p = tl.fma(p, d, 0.0416666679084301)
+    p = tl.fma(p, d, 0.1666666716337204)
+    p = tl.fma(p, d, 0.5)
+    return tl.where((d > -0.25) & (d < 0.25), d * d * p, exponential(d) - 1.0 - d)
+
+
+@triton.jit
+def log_variance_of(v, lo, hi):
+    """The log of a learned variance by the network's channel v, -1 ... 1 between lo and hi."""
+    f = (1.0 + v) * 0.5
+    return f * hi + (1.0 - f) * lo
+
+
+@triton.jit
+def divergence(v, lo, hi, b, miss):
+    """The divergence of a step of learned variance whose estimate of x0 misses by ``miss``, and its slope in v."""
+    log_variance = log_variance_of(v, lo, hi)
+    d = lo - log_variance
+    mean = b * miss
+    excess = mean * mean * exponential(-log_variance)
+    rest = exponential_rest(d)
+    return (rest + excess) * 0.5, (-rest - d - excess) * 0.5 * ((hi - lo) * 0.5)
 
 
 @triton.jit

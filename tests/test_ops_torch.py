@@ -1,0 +1,281 @@
+"""Proves the ops as PyTorch sees them: gradients of both orders, torch.library's own checks, torch.compile."""
+
+import numpy as np
+import pytest
+import torch
+from op_tools import (
+    BF16,
+    CALLS,
+    F16,
+    F32,
+    F64,
+    PROCESS,
+    assert_same_bits,
+    assert_within,
+    call_of,
+    column,
+    exact,
+    lay_out,
+    randn,
+    random_table,
+    unit,
+)
+
+import fastdiff as fd
+from fastdiff.noise import Stream, normal
+
+VP = PROCESS["vp"][0]
+
+# ---- gradients ------------------------------------------------------------------------------
+
+
+def leaf(shape, seed, dtype=F64):
+    return randn(shape, seed, dtype).requires_grad_()
+
+
+PLACE = {"seed": 3, "step": 2}
+GRADIENTS = {
+    "add_noise": lambda s: (fd.ops.add_noise, (leaf(s, 0), leaf(s[:1], 1), leaf(s[:1], 2), leaf(s, 3))),
+    "add_noise drawn": lambda s: (
+        lambda *given: fd.ops.add_noise(*given, **PLACE),
+        (leaf(s, 0), leaf(s[:1], 1), leaf(s[:1], 2)),
+    ),
+    "diffusion_loss": lambda s: (
+        fd.ops.diffusion_loss,
+        (leaf(s, 0), leaf(s, 1), leaf(s[:1], 2), leaf(s[:1], 3), leaf(s[:1], 4), leaf(s, 5)),
+    ),
+    "diffusion_loss drawn": lambda s: (
+        lambda *given: fd.ops.diffusion_loss(*given, **PLACE),
+        (leaf((s[0], 2 * s[1], *s[2:]), 0), leaf(s, 1), leaf(s[:1], 2), leaf(s[:1], 3), leaf(s[:1], 4)),
+    ),
+    "guide": lambda s: (fd.ops.guide, (leaf(s, 0), leaf(s, 1), leaf(s[:1], 2))),
+    "affine_step": lambda s: (
+        lambda x, output, h, anchor, z: fd.ops.affine_step(
+            x, output, random_table(3, 0, F64, True), 1, history=(h,), anchor=anchor, noise=z
+        )[:2],
+        (leaf(s, 0), leaf((s[0], 2 * s[1], *s[2:]), 1), leaf(s, 2), leaf(s, 3), leaf(s, 4)),
+    ),
+    "group_norm_silu": lambda s: (
+        lambda x, w, b, scale_, shift: fd.ops.group_norm_silu(x, 2, w, b, scale=scale_, shift=shift),
+        (leaf(s, 0), leaf(s[1:2], 1), leaf(s[1:2], 2), leaf(s[:2], 3), leaf(s[:2], 4)),
+    ),
+    "group_norm": lambda s: (lambda x: fd.ops.group_norm_silu(x, 2, activation="none"), (leaf(s, 0),)),
+}
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+@pytest.mark.parametrize("shape", [(2, 4), (1, 2, 3), (2, 4, 2, 3), (1, 4, 2, 1, 2)], ids=str)
+def test_gradients(op, shape):
+    call, inputs = GRADIENTS[op](shape)
+    assert torch.autograd.gradcheck(call, inputs, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_second_derivatives(op):
+    call, inputs = GRADIENTS[op]((2, 2, 3))
+    assert torch.autograd.gradgradcheck(call, inputs, atol=1e-5, rtol=1e-3)
+
+
+def test_the_loss_sends_its_gradient_to_the_network_in_the_network_s_dtype(each_backend):
+    output = randn((2, 3, 4), 0, BF16).requires_grad_()
+    x0, f, g, w = randn((2, 3, 4), 1), torch.zeros(2), torch.ones(2), torch.tensor([1.0, 3.0])
+    noise = randn((2, 3, 4), 2)
+    fd.ops.diffusion_loss(output, x0, f, g, w, noise).sum().backward()
+    truth = column(w, x0) * 2 * (exact(output) - exact(noise)) / 12
+    assert output.grad.dtype == BF16
+    assert_within(output.grad, truth, (unit(BF16) + 8 * unit(F32)) * np.abs(truth) + 1e-6)
+
+
+def loss_formula(output, x0, f, g, weight, noise):
+    each = (-1, *(1,) * (x0.ndim - 1))
+    target = f.reshape(each) * x0 + g.reshape(each) * noise
+    return weight * (output[:, : x0.shape[1]].float() - target).square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("source", ["given", "drawn"])
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_fused_gradient_of_the_loss_is_the_formula_s(layout, source, wide, dtype, each_backend):
+    shape = (3, 2, 21, 25)
+    output = lay_out(randn((3, 4, 21, 25) if wide else shape, 0, dtype), layout)
+    x0, each, grad = lay_out(randn(shape, 1), layout), randn((3, 3), 2), randn((3,), 3)
+    noise = normal(shape, **PLACE, stream=Stream.TRAINING)
+    more = {"noise": noise} if source == "given" else PLACE
+    a, b = output.clone().requires_grad_(), output.clone().requires_grad_()
+    fd.ops.diffusion_loss(a, x0, *each, **more).backward(grad)
+    loss_formula(b, x0, *each, noise).backward(grad)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-5 if dtype == F32 else 8e-3, atol=1e-8)
+    assert not a.grad[:, 2:].any()
+
+
+def test_every_gradient_in_float32_is_the_formula_s(each_backend):
+    def inputs():
+        return [leaf(s, i, F32) for i, s in enumerate([(3, 2, 5), (3, 2, 5), (3,), (3,), (3,), (3, 2, 5)])]
+
+    first, second = inputs(), inputs()
+    fd.ops.diffusion_loss(*first).sum().backward()
+    loss_formula(*second).sum().backward()
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+    x0, alpha, sigma, noise = first[1], first[2], first[3], first[5]
+    ours = torch.autograd.grad(fd.ops.add_noise(x0, alpha, sigma, noise).sin().sum(), (x0, alpha, sigma, noise))
+    formula = (alpha[:, None, None] * x0 + sigma[:, None, None] * noise).sin().sum()
+    for a, b in zip(ours, torch.autograd.grad(formula, (x0, alpha, sigma, noise)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_under_autograd_is_differentiable_and_no_other():
+    x, output, table = leaf((2, 3, 4), 0, F32), leaf((2, 3, 4), 1, F32), random_table(2, 2, F32)
+    with fd.backend("auto"):
+        step = fd.ops.affine_step(x, output, table, 0)
+        by_guidance = fd.ops.guide(x, output, 2.0)
+    (step.x.sum() + by_guidance.sum()).backward()
+    with torch.no_grad(), fd.backend("native"):
+        assert_same_bits(step.x.detach(), fd.ops.affine_step(x, output, table, 0).x)
+        assert_same_bits(by_guidance.detach(), fd.ops.guide(x, output, 2.0))
+    assert x.grad.abs().min() > 0
+    assert output.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("which", ["x", "output", "uncond", "h1", "anchor", "noise"])
+def test_a_gradient_that_native_has_not_is_refused(which):
+    call = call_of("affine_step", (2, 3, 4))
+    call.tensors[which].requires_grad_()
+    with fd.backend("native"), pytest.raises(fd.InputError, match="gradient"):
+        call.run(**call.tensors)
+    with fd.backend("native"), torch.no_grad():
+        call.run(**call.tensors)
+    with fd.backend("auto"):
+        assert call.run(**call.tensors).x.requires_grad
+    if which == "x":
+        with fd.backend("native"), pytest.raises(fd.InputError, match="gradient"):
+            fd.ops.guide(call.tensors["x"], call.tensors["output"], 1.0)
+
+
+# ---- torch.library --------------------------------------------------------------------------
+
+OPS = torch.ops.fastdiff
+GIVEN, ADDRESS = ([], None, None, None), ([5, 2, 0], None, None, None)
+ADDRESSES = ([5, 2, 0], torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]), torch.tensor([7, 8, 9]))
+SIZES = (3, 2, 4, 5)
+
+
+def noises(shape=SIZES):
+    """Noise as the schemas take it: given, at one address, at one per sample."""
+    return {"given": (randn(shape, 9), *GIVEN), "drawn": (None, *ADDRESS), "addresses": (None, *ADDRESSES)}
+
+
+def opcheck_samples():
+    last = torch.channels_last
+    for name, noise in noises().items():
+        for grad in (False, True):
+            x0, output = (randn(SIZES, i).requires_grad_(grad) for i in (0, 1))
+            each = [randn((3,), i).requires_grad_(grad) for i in (2, 3, 4)]
+            yield f"add_noise {name} {grad}", OPS.add_noise, (x0, *each[:2], *noise)
+            yield f"diffusion_loss {name} {grad}", OPS.diffusion_loss, (output, x0, *each, *BOUND, *noise)
+        x0 = randn(SIZES, 0).to(memory_format=last)
+        each = [randn((3,), i) for i in (2, 3, 4)]
+        yield f"add_noise {name} last", OPS.add_noise, (x0, torch.tensor(0.5), torch.tensor(0.25), *noise)
+        wide = randn((3, 4, 4, 5), 1, BF16).to(memory_format=last)
+        yield f"diffusion_loss {name} wide", OPS.diffusion_loss, (wide, x0, *each, *BOUND, *noise)
+        backward = OPS.diffusion_loss_backward
+        yield f"backward {name}", backward, (each[0], wide, x0, *each, *BOUND, *noise)
+        yield f"backward {name} narrow", backward, (each[0], randn(SIZES, 1, F16), x0, *each, *BOUND, *noise)
+        table, h = random_table(3, 0, F32), [randn(SIZES, i) for i in (5, 6)]
+        new = [torch.empty(SIZES) for _ in range(4)]
+        rows = torch.tensor([0, 2, 1])
+        alone = (None, [], None, *noise, new[0], None, None, None, None)
+        full = (x0 + 1, h, x0 + 2, *noise, *new, torch.empty(SIZES, dtype=BF16).to(memory_format=last))
+        yield f"affine_step {name}", OPS.affine_step, (x0, x0 + 3, table, 1, None, *alone)
+        yield f"affine_step {name} full", OPS.affine_step, (x0, x0 + 3, table, 0, rows, *full)
+    for dtype in (F32, BF16):
+        for w in (torch.tensor(2.0), randn((3,), 2)):
+            cond, uncond = randn(SIZES, 0, dtype), randn(SIZES, 1, dtype)
+            yield f"guide {dtype} {w.ndim}", OPS.guide, (cond, uncond, w, torch.empty_like(cond))
+
+
+BOUND = (None,) if "bound" in str(OPS.diffusion_loss.default._schema) else ()
+SAMPLES = {name: (op, inputs) for name, op, inputs in opcheck_samples()}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck(sample):
+    op, inputs = SAMPLES[sample]
+    verdict = torch.library.opcheck(op, inputs)
+    assert set(verdict.values()) == {"SUCCESS"}
+    assert len(verdict) == 4
+
+
+# ---- torch.compile --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("op", CALLS)
+def test_compiled_is_eager(op):
+    call = call_of(op, (2, 3, 5, 7), 1, BF16)
+    if op == "diffusion_loss backward":
+        pytest.skip("has a compiled test of its own")
+    with fd.backend("native"):
+        expected = call.run(**call.tensors)
+        compiled = torch.compile(call.run, fullgraph=True, backend="aot_eager")
+        assert_same_bits(expected, compiled(**call.tensors))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_training_step_has_eager_s_loss_and_gradient(backend):
+    x0, weight = randn((3, 2, 5, 7), 0), leaf((2, 2, 1, 1), 1, F32)
+    each = torch.ones(3)
+
+    def train(x0, weight, step):
+        x = fd.ops.add_noise(x0, 0.8 * each, 0.6 * each, seed=1, step=step)
+        output = torch.nn.functional.conv2d(x, weight).sin()
+        return fd.ops.diffusion_loss(output, x0, 0 * each, each, each, seed=1, step=step).mean()
+
+    compiled = torch.compile(train, fullgraph=True, backend=backend)
+    for step in (0, 1):
+        expected = train(x0, weight, step)
+        (slope,) = torch.autograd.grad(expected, weight)
+        loss = compiled(x0, weight, step)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], slope)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_a_sampling_step_compiled_by_inductor():
+    x, uncond, table = randn((2, 3, 8, 8), 0), randn((2, 3, 8, 8), 1), random_table(4, 2, F32)
+
+    def sample(x, uncond, row):
+        output = fd.ops.guide(x.sin(), uncond, 2.0)
+        step = fd.ops.affine_step(x, output, table, row, seed=3, input_dtype=BF16)
+        return fd.ops.ddim_step(step.x, step.input, *VP).x + 1
+
+    with fd.backend("native"):
+        compiled = torch.compile(sample, fullgraph=True, backend="inductor")
+        for row in (torch.tensor([0, 2]), torch.tensor([3, 1])):
+            torch.testing.assert_close(compiled(x, uncond, row), sample(x, uncond, row), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_under_autograd_is_differentiable():
+    x, output, table = leaf((2, 3, 4), 0, F32), randn((2, 3, 4), 1), random_table(2, 2, F32)
+
+    def run(x):
+        return fd.ops.affine_step(x, output, table, 1).x.sin().sum()
+
+    (slope,) = torch.autograd.grad(run(x), x)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], slope)
