@@ -64,7 +64,7 @@ class BuildNative(build_ext):
             raise FileNotFoundError("nvcc was not found at build time (CUDA_HOME, PATH)")
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         ext.extra_objects = [str(Path(self.build_temp, f"{Path(source).stem}.cu.o")) for source in KERNELS]
-        for source, target in zip(KERNELS, ext.extra_objects):
+        for source, target in zip(KERNELS, ext.extra_objects, strict=True):
             run([nvcc, *NVCC, *architectures(nvcc), "-c", source, "-o", target])
         top = re.search(r"TOP=(.*)", run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]).stderr)[1]
         ext.library_dirs += [f for pattern in ("lib64", "lib", "targets/*/lib") for f in glob(f"{top}/{pattern}")]

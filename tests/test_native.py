@@ -238,7 +238,7 @@ def python(code, **environment):
 
 
 def test_a_call_starts_as_many_threads_as_it_is_told():
-    done = python(["-c", TEAM], OMP_NUM_THREADS="8")
+    done = python(["-c", TEAM], OMP_NUM_THREADS="1")
     assert done.stdout.split() == ["0", "2"], done.stderr
 
 
@@ -379,21 +379,11 @@ def test_the_exponential_of_a_learned_variance_is_within_2_ulp(level):
     assert ulps(step.x[:, 0], exponent.double().exp()) <= 2
 
 
-@pytest.mark.parametrize(
-    ("exponent", "expected"), [(-200.0, 0.0), (-1e30, 0.0), (200.0, torch.inf), (89.0, torch.inf), (-torch.inf, 0.0)]
-)
+@pytest.mark.parametrize(("exponent", "expected"), [(-200.0, 0.0), (-1e30, 0.0), (89.0, torch.inf), (1e30, torch.inf)])
 def test_the_exponential_beyond_float32(exponent, expected, level):
-    table = torch.zeros(1, 19)
-    letters = fd.ops.row.LETTERS
-    table[0, letters.index("s")], table[0, letters.index("lo")], table[0, letters.index("hi")] = 1, 2 * exponent, 0
-    table[0, letters.index("clip")] = torch.inf
-    output = torch.tensor([[0.0, -1.0]])
-    table[0, letters.index("hi")] = 2 * exponent if abs(exponent) == torch.inf else 0
-    result = fd.ops.affine_step(torch.zeros(1, 1), output, table, 0, noise=torch.ones(1, 1)).x
-    if abs(exponent) == torch.inf:
-        assert result.isnan().all() or result.item() == expected
-    else:
-        assert result.item() == expected
+    table = fd.ops.row.make_table(1, s=1.0, lo=2 * exponent).float()
+    step = fd.ops.affine_step(torch.zeros(1, 1), torch.tensor([[0.0, -1.0]]), table, 0, noise=torch.ones(1, 1))
+    assert step.x.item() == expected
 
 
 # ---- bad calls ------------------------------------------------------------------------------

@@ -217,10 +217,10 @@ def test_torch_s_own_generator_is_neither_used_nor_moved():
 N = 1_000_000
 
 
-@pytest.fixture(scope="module")
-def draws():
-    """A thousand samples of a thousand normals."""
-    return normal((1000, 1000), seed=2024, step=1, dtype=torch.float64).numpy()
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["reference", "native"])
+def draws(request):
+    """A thousand samples of a thousand normals: float64 is the reference's, float32 the extension's."""
+    return normal((1000, 1000), seed=2024, step=1, dtype=request.param).double().numpy()
 
 
 @pytest.fixture(scope="module")
@@ -242,12 +242,44 @@ def test_anderson_darling(draws):
     assert statistic < 6.0  # p = 0.001 for a fully specified distribution
 
 
-def test_p_values_of_many_streams_are_uniform():
-    p = [
-        stats.kstest(normal((1, 2000), seed=seed, dtype=torch.float64)[0].numpy(), "norm").pvalue for seed in range(60)
-    ]
-    assert min(p) > 1e-6
+def check_p_values(streams, elements, dtype):
+    """Kolmogorov-Smirnov of each stream; the p-values are themselves uniform."""
+    p = [stats.kstest(normal((1, elements), seed=k, dtype=dtype)[0].numpy(), "norm").pvalue for k in range(streams)]
+    assert min(p) > 1e-7
     assert stats.kstest(p, "uniform").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_p_values_of_many_streams_are_uniform(dtype):
+    check_p_values(60, 2000, dtype)
+
+
+@pytest.mark.slow
+def test_p_values_of_two_hundred_streams_of_a_million():
+    check_p_values(200, 1_000_000, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bound", [4, 5, 5.5])
+def test_tails_of_a_billion_normals(bound):
+    """Up to 5.5: the smallest radius word cuts the tail off at 5.89."""
+    mean = 1e9 * 2 * stats.norm.sf(bound)
+    count = sum(int((normal((1, 10_000_000), seed=seed).abs() > bound).sum()) for seed in range(100))
+    assert abs(count - mean) <= 5 * mean**0.5
+
+
+@pytest.mark.slow
+def test_a_thousand_pairs_of_neighbouring_streams_are_uncorrelated():
+    for place in ("seed", "step", "sample"):
+        for k in range(1000):
+            a, b = (
+                normal(
+                    (1, 100_000),
+                    **{"seed": 0, "step": 0, "sample": [0], place: [k + i] if place == "sample" else k + i},
+                )
+                for i in (0, 1)
+            )
+            assert correlations(a.double().numpy(), b.double().numpy()) < 5.5
 
 
 @pytest.mark.parametrize(

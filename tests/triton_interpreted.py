@@ -124,8 +124,8 @@ def test_normals_in_other_layouts_and_dtypes(layout, dtype):
 
 
 def test_many_normals():
-    place = {"seed": 11, "step": 6, "sample": range(1000, 1064)}
-    compare(lambda: normal((64, 4096), **place), "native")
+    place = {"seed": 11, "step": 6, "sample": [1000, 7]}
+    compare(lambda: normal((2, 16384), **place), "native")
 
 
 # ---- forward process ------------------------------------------------------------------------

@@ -186,81 +186,95 @@ void guide(const Guide& op, int threads) {
 
 inline float clamp(float x, float bound) { return x < -bound ? -bound : x > bound ? bound : x; }
 
-void affine_step(const AffineStep& op, int threads) {
-  const Space& space = op.space;
-  for_tiles(space, threads, [&](const Tile& tile) {
-    const int64_t n = tile.count, row = of_sample(op.row, tile.sample);
-    if (row < 0 || row >= op.rows) return;
-    Row r;
-    memcpy(&r, op.table + row * LETTERS, sizeof r);
-    Buffer bx, bo, bx0, by, buffer;
-    const float* x = fetch(space, op.x, tile, bx);
-    const float* output = fetch(space, op.output, tile, bo);
-    float* x0 = target(op.x0, tile, bx0);
-    if (op.uncond.data) {
-      const float* uncond = fetch(space, op.uncond, tile, buffer);
-      FOR(i, n) x0[i] = clamp(r.p * x[i] + r.q * (uncond[i] + r.w * (output[i] - uncond[i])), r.clip);
-    } else {
-      FOR(i, n) x0[i] = clamp(r.p * x[i] + r.q * output[i], r.clip);
-    }
-    store(space, op.x0, tile, x0);
-
-    // x may be overwritten only when nothing more is made of it.
-    const bool last_use = !op.push.data && !op.next_anchor.data;
-    float* next = last_use ? target(op.next, tile, by) : by.v;
-    FOR(i, n) next[i] = r.a * x[i] + r.b * x0[i];
-    for (int j = 0; j < 3 && op.history[j].data; ++j) {
-      const float* h = fetch(space, op.history[j], tile, buffer);
-      FOR(i, n) next[i] += r.c[j] * h[i];
-    }
-    if (op.anchor.data) {
-      const float* anchor = fetch(space, op.anchor, tile, buffer);
-      FOR(i, n) next[i] += r.e * anchor[i];
-      if (op.next_anchor.data) {
-        float* kept = target(op.next_anchor, tile, buffer);
-        FOR(i, n) kept[i] = r.k * anchor[i] + r.m * x[i] + r.n * x0[i];
-        store(space, op.next_anchor, tile, kept);
-      }
-    }
-    if (op.noise.drawn || op.noise.given.data) {
-      const float* z = noise_of(space, op.noise, tile, buffer);
-      if (op.fraction.data) {
-        const float* v = fetch(space, op.fraction, tile, bo);
-        FOR(i, n) {
-          const float f = (1.0f + v[i]) / 2.0f;
-          next[i] += r.s * exponential((f * r.hi + (1.0f - f) * r.lo) / 2.0f) * z[i];
-        }
-      } else {
-        FOR(i, n) next[i] += r.s * z[i];
-      }
-    }
-    if (op.push.data) {
-      float* push = target(op.push, tile, buffer);
-      FOR(i, n) push[i] = r.u * x[i] + r.v * x0[i];
-      store(space, op.push, tile, push);
-    }
-    store(space, op.next, tile, next);
-    if (op.input.data) {
-      const int64_t after = std::min(row + 1, op.rows - 1);
-      const float c_in = op.table[after * LETTERS];
-      float* input = target(op.input, tile, buffer);
-      FOR(i, n) input[i] = c_in * next[i];
-      store(space, op.input, tile, input);
-    }
-  });
+// Guidance, conversion, clamp and update of a tile in one pass; with the youngest history vector and the push where
+// there are such. Everything of an element is read before anything is written: results may lie over arguments.
+template <bool GUIDED, bool HISTORY, bool PUSH>
+void combine(const Row& r, int64_t n, const float* x, const float* output, const float* uncond, const float* history,
+             float* x0, float* next, float* push) {
+  FOR(i, n) {
+    const float now = x[i], old = HISTORY ? history[i] : 0.0f;
+    float prediction = output[i];
+    if (GUIDED) prediction = uncond[i] + r.w * (prediction - uncond[i]);
+    const float estimate = clamp(r.p * now + r.q * prediction, r.clip);
+    float y = r.a * now + r.b * estimate;
+    if (HISTORY) y = y + r.c[0] * old;
+    x0[i] = estimate;
+    next[i] = y;
+    if (PUSH) push[i] = r.u * now + r.v * estimate;
+  }
 }
 
-// Sixteen sums side by side, whatever the width of the machine, then one: the same bits at every level.
-inline double sum_of_squares(const float* difference, int64_t n) {
-  constexpr int LANES = 16;
-  float sums[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int j = 0; j < LANES; ++j) sums[j] += difference[i + j] * difference[i + j];
-  double total = 0;
-  for (int j = 0; j < LANES; ++j) total += double(sums[j]);
-  for (; i < n; ++i) total += double(difference[i] * difference[i]);
-  return total;
+using Combine = decltype(&combine<false, false, false>);
+
+inline Combine combine_for(bool guided, bool history, bool push) {
+  static constexpr Combine FORMS[2][2][2] = {
+      {{combine<false, false, false>, combine<false, false, true>},
+       {combine<false, true, false>, combine<false, true, true>}},
+      {{combine<true, false, false>, combine<true, false, true>},
+       {combine<true, true, false>, combine<true, true, true>}}};
+  return FORMS[guided][history][push];
+}
+
+// next += std z, std per element where the variance is learned.
+inline void add_noise_to(float* next, const AffineStep& op, const Row& r, const Tile& tile, Buffer& bz, Buffer& bv) {
+  const float* z = noise_of(op.space, op.noise, tile, bz);
+  if (!op.fraction.data) {
+    FOR(i, tile.count) next[i] += r.s * z[i];
+    return;
+  }
+  const float* v = fetch(op.space, op.fraction, tile, bv);
+  FOR(i, tile.count) {
+    const float f = (1.0f + v[i]) / 2.0f;
+    next[i] += r.s * exponential((f * r.hi + (1.0f - f) * r.lo) / 2.0f) * z[i];
+  }
+}
+
+// The anchor's share of x', and the next anchor.
+inline void add_anchor_to(float* next, const AffineStep& op, const Row& r, const Tile& tile, const float* x,
+                          const float* x0, Buffer& buffer) {
+  const float* anchor = fetch(op.space, op.anchor, tile, buffer);
+  FOR(i, tile.count) next[i] += r.e * anchor[i];
+  if (!op.next_anchor.data) return;
+  float* kept = target(op.next_anchor, tile, buffer);
+  FOR(i, tile.count) kept[i] = r.k * anchor[i] + r.m * x[i] + r.n * x0[i];
+  store(op.space, op.next_anchor, tile, kept);
+}
+
+void affine_tile(const AffineStep& op, const Tile& tile) {
+  const Space& space = op.space;
+  const int64_t n = tile.count, row = of_sample(op.row, tile.sample);
+  if (row < 0 || row >= op.rows) return;
+  Row r;
+  memcpy(&r, op.table + row * LETTERS, sizeof r);
+  Buffer bx, bo, bu, bh, bx0, bnext, bpush;
+  const float* x = fetch(space, op.x, tile, bx);
+  const float* output = fetch(space, op.output, tile, bo);
+  const float* uncond = op.uncond.data ? fetch(space, op.uncond, tile, bu) : nullptr;
+  const float* history = op.history[0].data ? fetch(space, op.history[0], tile, bh) : nullptr;
+  float* x0 = target(op.x0, tile, bx0);
+  // Results that may lie over arguments still needed are made aside.
+  float* next = op.next_anchor.data ? bnext.v : target(op.next, tile, bnext);
+  float* push = op.history[1].data ? bpush.v : target(op.push, tile, bpush);
+  combine_for(uncond, history, op.push.data)(r, n, x, output, uncond, history, x0, next, push);
+  for (int j = 1; j < 3 && op.history[j].data; ++j) {
+    const float* h = fetch(space, op.history[j], tile, bh);
+    FOR(i, n) next[i] += r.c[j] * h[i];
+  }
+  if (op.anchor.data) add_anchor_to(next, op, r, tile, x, x0, bh);
+  if (op.noise.drawn || op.noise.given.data) add_noise_to(next, op, r, tile, bh, bo);
+  store(space, op.x0, tile, x0);
+  store(space, op.push, tile, push);
+  store(space, op.next, tile, next);
+  if (op.input.data) {
+    const float c_in = op.table[std::min(row + 1, op.rows - 1) * LETTERS];
+    float* input = target(op.input, tile, bh);
+    FOR(i, n) input[i] = c_in * next[i];
+    store(space, op.input, tile, input);
+  }
+}
+
+void affine_step(const AffineStep& op, int threads) {
+  for_tiles(op.space, threads, [&](const Tile& tile) { affine_tile(op, tile); });
 }
 
 // A tile of the loss: output - (f x0 + g z), and with a bound what it says of each element.

@@ -12,6 +12,7 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fastdiff.noise import Address
+from fastdiff.ops.layout import channels_last
 from fastdiff.ops.triton import kernels
 from fastdiff.ops.triton.kernels import Dense, Each, Strided
 
@@ -117,22 +118,30 @@ def _launch(
     lead = next(t for t in (*results, *tensors) if t is not None)
     if not lead.numel():
         return
-    read, written = [[_regular(t) for t in some] for some in (tensors, results)]
+    read, written = ([_regular(t) for t in some] for some in (tensors, results))
     samples, elements = len(lead), lead.numel() // len(lead)
-    positions = math.prod(lead.shape[2:])
     each = isinstance(noise, Address) or any(isinstance(n, Each) and n.stride for n in numbers)
-    if merge and not each and all(t is None or t.is_contiguous() for t in (*read, *written)):
-        samples, elements = 1, lead.numel()  # nothing tells one sample from another
+    if merge and not each and _alike((*read, *written)):  # nothing tells one sample from another
+        samples, elements = 1, lead.numel()
+        operands = [None if t is None else Dense(t, 0) for t in (*read, *written)]
+    else:
+        operands = [None if t is None else _operand(t) for t in (*read, *written)]
     blocks, warps = _blocks(elements)
-    operands = [_operand(t) for t in (*read, *written)]
-    shape = {"BLOCK": QUADS * warps, "num_warps": warps}
+    space = (elements, math.prod(lead.shape[2:]), blocks)
     with torch.cuda.device_of(lead):
         kernel[(samples * blocks,)](
-            *operands, *numbers, *_address(noise), elements, positions, blocks, **shape, **EXACT
+            *operands, *numbers, *_address(noise), *space, BLOCK=QUADS * warps, num_warps=warps, **EXACT
         )
     for result, copy in zip(results, written, strict=True):
         if result is not None and copy is not None and copy is not result:
             result.copy_(copy)
+
+
+def _alike(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all tensors are contiguous, or all of them channels-last."""
+    given = [t for t in tensors if t is not None]
+    formats = (torch.contiguous_format, channels_last(given[0].ndim))
+    return any(all(t.is_contiguous(memory_format=f) for t in given) for f in formats)
 
 
 def _blocks(elements: int) -> tuple[int, int]:
@@ -147,9 +156,7 @@ def _regular(x: Tensor | None) -> Tensor | None:
     return x if x is None or _strides(x) else x.contiguous()
 
 
-def _operand(x: Tensor | None) -> Dense | Strided | None:
-    if x is None:
-        return None
+def _operand(x: Tensor) -> Dense | Strided:
     sample, channel, position = _strides(x) or (0, 0, 0)
     if position == 1 and channel == math.prod(x.shape[2:]):
         return Dense(x, sample)

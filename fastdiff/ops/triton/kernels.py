@@ -117,7 +117,7 @@ def of_sample(value, sample, dtype: tl.constexpr):
 
 @triton.jit
 def draw(source, place, BLOCK: tl.constexpr):
-    seed = of_sample(source.seed, place.sample, tl.int64)
+    seed = of_sample(source.seed, place.sample, tl.uint64)
     step = of_sample(source.step, place.sample, tl.uint32)
     sample = place.sample.to(tl.uint32)
     if source.ids is not None:
