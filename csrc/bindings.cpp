@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <string>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "tensor.h"
@@ -15,6 +17,8 @@ namespace py = pybind11;
 
 namespace fastdiff {
 namespace {
+
+constexpr int64_t BEYOND_CACHE = 32 << 20;  // bytes of a call that no cache keeps until the next
 
 const ExchangeApi* api = nullptr;
 PyTypeObject* tensor_type = nullptr;
@@ -42,6 +46,8 @@ Type type_of(const Tensor& tensor, const char* name) {
   refuse(std::string(name) + " must be float32, float64, bfloat16 or float16");
 }
 
+int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
 // Gathers the operands of one call, decides the order in which they are walked, and joins the dimensions that are
 // one piece in all of them.
 class Plan {
@@ -67,10 +73,26 @@ class Plan {
     operand.sample = tensor.strides[0];
     int64_t offset = 0;
     if (part) offset = shape_[0] * tensor.strides[1];
-    const int64_t bytes = operand.type == Type::f64 ? 8 : operand.type == Type::f32 ? 4 : 2;
-    operand.data = tensor.data() + offset * bytes;
+    operand.data = tensor.data() + offset * size_of(operand.type);
     for (int d = 0; d < dims_; ++d) operand.stride[d] = tensor.strides[order_[d] + 1];
     remember(operand);
+  }
+
+  // A tensor that is written: dense, and apart from all others, unless it is exactly one that it may lie over.
+  void add_result(Operand& operand, py::handle object, const char* name,
+                  std::initializer_list<const Operand*> may_lie_over = {}, int part = 0, bool wide = false) {
+    if (absent(object)) return;
+    const int before = count_;
+    add(operand, object, name, part, wide);
+    if (!is_dense(tensor_of(object, name))) refuse(std::string(name) + " must be contiguous or channels-last");
+    const auto [low, high] = extent(operand);
+    for (int i = 0; i < before; ++i) {
+      const auto [start, end] = extent(*operands_[i]);
+      if (low >= end || start >= high || (wide && operands_[i]->sample == operand.sample)) continue;
+      const bool allowed = std::find(may_lie_over.begin(), may_lie_over.end(), operands_[i]) != may_lie_over.end();
+      if (!allowed || !same_place(operand, *operands_[i]))
+        refuse(std::string(name) + " shares memory with another argument");
+    }
   }
 
   void add_noise(Noise& noise, py::handle object);
@@ -129,6 +151,7 @@ class Plan {
     join(space);
     if (device_.type == CUDA && (space.dims > 2 || space.elements > UINT32_MAX))
       refuse("tensors on a CUDA device must be contiguous or channels-last, with samples of less than 2^32 elements");
+    space.streamed = samples_ * space.elements * count_ * int64_t(sizeof(float)) > BEYOND_CACHE;
     bool one_piece = uniform;
     for (int i = 0; i < count_; ++i)
       one_piece = one_piece && operands_[i]->flat && operands_[i]->sample == space.elements;
@@ -163,6 +186,36 @@ class Plan {
       expected *= shape_[d - 1];
     }
     return last && !first && shape_[0] <= 256;
+  }
+
+  // Contiguous or channels-last, the batch outermost.
+  static bool is_dense(const Tensor& tensor) {
+    bool first = true, last = tensor.ndim > 2;
+    int64_t row_major = 1, channels_last = tensor.ndim > 1 ? tensor.shape[1] : 1;
+    for (int d = tensor.ndim - 1; d >= 0; --d) {
+      const bool lone = tensor.shape[d] == 1;
+      first = first && (lone || tensor.strides[d] == row_major);
+      last = last && (lone || tensor.strides[d] == (d == 1 ? 1 : channels_last));
+      row_major *= tensor.shape[d];
+      if (d != 1) channels_last *= tensor.shape[d];
+    }
+    return first || last || row_major == 0;
+  }
+
+  // The bytes from the first to behind the last element.
+  std::pair<const char*, const char*> extent(const Operand& operand) const {
+    int64_t last = (samples_ - 1) * operand.sample, total = samples_;
+    for (int d = 0; d < dims_; ++d) {
+      last += (shape_[order_[d]] - 1) * operand.stride[d];
+      total *= shape_[order_[d]];
+    }
+    return {operand.data, operand.data && total ? operand.data + (last + 1) * size_of(operand.type) : operand.data};
+  }
+
+  bool same_place(const Operand& a, const Operand& b) const {
+    bool same = a.data == b.data && a.type == b.type && (samples_ == 1 || a.sample == b.sample);
+    for (int d = 0; d < dims_; ++d) same = same && (shape_[order_[d]] == 1 || a.stride[d] == b.stride[d]);
+    return same;
   }
 
   void remember(Operand& operand) { operands_[count_++] = &operand; }
@@ -252,7 +305,7 @@ void run(const Op& op, Device device, int threads, void (*on_cpu)(const Op&, int
 void normal_(py::handle result, py::handle noise, int threads) {
   Normal op;
   Plan plan(tensor_of(result, "result"), true);
-  plan.add(op.result, result, "result");
+  plan.add_result(op.result, result, "result");
   plan.add_noise(op.noise, noise);
   op.space = plan.space(false);
   run(op, plan.device(), threads, kernels->normal, ON_CUDA(normal));
@@ -261,9 +314,9 @@ void normal_(py::handle result, py::handle noise, int threads) {
 void add_noise_(py::handle x0, py::handle alpha, py::handle sigma, py::handle noise, py::handle result, int threads) {
   AddNoise op;
   Plan plan(tensor_of(result, "result"), is_address(noise));
-  plan.add(op.result, result, "result");
   plan.add(op.x0, x0, "x0");
   plan.add_noise(op.noise, noise);
+  plan.add_result(op.result, result, "out", {&op.x0, &op.noise.given});
   op.alpha = plan.scalar(alpha, "alpha"), op.sigma = plan.scalar(sigma, "sigma");
   op.space = plan.space(!op.noise.drawn && !op.alpha.each && !op.sigma.each);
   run(op, plan.device(), threads, kernels->add_noise, ON_CUDA(add_noise));
@@ -272,9 +325,9 @@ void add_noise_(py::handle x0, py::handle alpha, py::handle sigma, py::handle no
 void guide_(py::handle cond, py::handle uncond, py::handle scale, py::handle result, int threads) {
   Guide op;
   Plan plan(tensor_of(result, "result"));
-  plan.add(op.result, result, "result");
   plan.add(op.cond, cond, "cond");
   plan.add(op.uncond, uncond, "uncond");
+  plan.add_result(op.result, result, "out", {&op.cond, &op.uncond});
   op.scale = plan.scalar(scale, "scale");
   op.space = plan.space(!op.scale.each);
   run(op, plan.device(), threads, kernels->guide, ON_CUDA(guide));
@@ -301,17 +354,24 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
   plan.add(op.anchor, anchor, "anchor");
   plan.add_noise(op.noise, noise);
   if (results.size() != 5) refuse("results are (x, x0, pushed, anchor, input)");
-  plan.add(op.next, results[0], "x of the results");
-  plan.add(op.x0, results[1], "x0 of the results");
-  plan.add(op.push, results[2], "h1 of the results");
-  plan.add(op.next_anchor, results[3], "anchor of the results");
-  plan.add(op.input, results[4], "input of the results");
+  const Operand* h = op.history;
+  plan.add_result(op.next, results[0], "out.x", {&op.x});
+  plan.add_result(op.x0, results[1], "out.x0");
+  plan.add_result(op.push, results[2], "out.history", {h, h + 1, h + 2});
+  plan.add_result(op.next_anchor, results[3], "out.anchor", {&op.anchor});
+  plan.add_result(op.input, results[4], "out.input");
+  if (!op.push.data != !op.history[0].data || !op.next_anchor.data != !op.anchor.data || !op.next.data)
+    refuse("out must hold x, and history and anchor where the step is given them");
+  for (const Operand* state : {&op.x, &op.next, &op.x0, &op.push, &op.next_anchor})
+    if (state->data && state->type != Type::f32) refuse("the state must be float32");
   const Tensor rows = tensor_of(table, "table");
   op.rows = rows.ndim ? rows.shape[0] : 0;
   if (op.rows < 1) refuse("table must have at least one row");
   op.table = plan.matrix(rows, op.rows, LETTERS, "table");
   op.row = plan.index(row, "row");
-  if (!op.row.each && (op.row.value < 0 || op.row.value >= op.rows)) refuse("row is outside the table");
+  const int64_t indices = !op.row.each ? 1 : plan.device().type == CPU ? plan.samples() : 0;
+  for (int64_t i = 0; i < indices; ++i)
+    if (of_sample(op.row, i) < 0 || of_sample(op.row, i) >= op.rows) refuse("row is outside the table");
   op.space = plan.space(!op.row.stride && !op.noise.drawn);
   run(op, plan.device(), threads, kernels->affine_step, ON_CUDA(affine_step));
 }
@@ -354,9 +414,9 @@ void diffusion_loss_backward_(py::handle grad, py::handle output, py::handle x0,
   Plan plan(lead, is_address(noise));
   add_loss(op, plan, lead, output, x0, f, g, weight, bound, noise);
   const bool wide = is_wide(gradient, lead);
-  plan.add(op.gradient, gradient, "gradient", 0, wide);
+  plan.add_result(op.gradient, gradient, "gradient", {}, 0, wide);
   if (op.bound && !wide) refuse("gradient has the wrong shape");
-  if (op.bound) plan.add(op.fraction_gradient, gradient, "gradient", 1, wide);
+  if (op.bound) plan.add_result(op.fraction_gradient, gradient, "gradient", {}, 1, wide);
   op.grad = plan.scalar(grad, "grad");
   op.space = plan.space(false);
   run(op, plan.device(), threads, kernels->diffusion_loss_backward, ON_CUDA(diffusion_loss_backward));

@@ -16,6 +16,7 @@ constexpr int MAX_DIMS = 6;
 struct Space {
   int64_t samples = 0, elements = 0;
   int dims = 0;
+  bool streamed = false;  // more than a cache holds: results go past it
   int64_t size[MAX_DIMS] = {};
 };
 

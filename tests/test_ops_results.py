@@ -85,6 +85,16 @@ def test_out_allocates_nothing(op):
     assert sum(size for _, size in allocated) <= (64 if "drawn" in op else 0), allocated
 
 
+@pytest.mark.parametrize("op", WRITERS)
+def test_autograd_is_told_that_out_was_written(op, each_backend):
+    """By the version counter: a backward pass that needs what was there before raises, as for any write in place."""
+    call = call_of(op, (2, 3, 5))
+    out = map_parts(call.run(**call.tensors), torch.empty_like)
+    before = [t._version for t in flat(out)]
+    call.run(**call.tensors, out=out)
+    assert all(t._version > version for t, version in zip(flat(out), before, strict=True))
+
+
 def test_parts_that_are_none_are_not_written(each_backend):
     call = call_of("affine_step", SHAPE)
     clean = call.run(**call.tensors)

@@ -182,6 +182,16 @@ def test_diffusion_loss_backward(shape, wide, layout):
         assert_same(ours, theirs)
 
 
+def test_the_divergence_of_almost_equal_variances():
+    x0, one = torch.zeros(2, 2048), torch.ones(2)
+    output = torch.cat((x0, 2 * randn(x0.shape, 0)), 1)
+    bound = torch.tensor([[0, 0, 0, 0, 0, 0.0, 0.25, 1], [0, 0, 0, 0, 0, 0.25, 0.0, 1]])
+    ours, theirs = torch.empty_like(output), torch.empty_like(output)
+    backend.diffusion_loss_backward(one, output, x0, one, one, one, bound, x0, ours)
+    native.diffusion_loss_backward(one, output, x0, one, one, one, bound, x0, theirs)
+    assert_same(ours, theirs)
+
+
 def test_only_the_first_half_of_a_wide_output_counts_without_a_bound():
     output, x0, f, g, weight, _ = loss_arguments((2, 3, 5), True)
     halves = [torch.full_like(output, 7.0), torch.full_like(x0, 7.0)]
@@ -256,6 +266,14 @@ def test_the_exponential_and_the_clamp_at_their_ends():
         x0 = fd.ops.affine_step(x, x, letters, 0).x0
     assert torch.equal(x0[0].isnan(), x.isnan()[0])
     assert float(x0.nan_to_num().abs().max()) == 2
+
+
+def test_the_exponential():
+    x, noise = torch.zeros(2, 2048), torch.ones(2, 2048)
+    fractions = torch.cat((randn((1, 2048), 0), 60 * randn((1, 2048), 1)))
+    # With hi = 2 and lo = 0 the exponent is (1 + v) / 2.
+    letters = make_table(1, s=1.0, hi=2.0).to(F32)
+    compare(lambda: fd.ops.affine_step(x, torch.cat((x, fractions), 1), letters, 0, noise=noise).x, "native")
 
 
 def test_a_row_outside_the_table_writes_nothing():

@@ -5,12 +5,12 @@
 
 #include "../number.h"
 #include "kernels.h"
-#include "philox_lanes.h"
+#include "lanes.h"
 
 namespace fastdiff {
 namespace {
 
-constexpr int64_t TILE = 1024;           // elements of a tile at most, a multiple of four
+constexpr int64_t TILE = 2048;           // elements of a tile at most, a multiple of four
 constexpr int64_t WORTH_A_THREAD = 8192;  // elements below which another thread costs more than it brings
 
 struct alignas(64) Buffer {
@@ -86,16 +86,37 @@ inline const float* fetch(const Space& space, const Operand& operand, const Tile
   return to;
 }
 
-// Where to compute a result: in its own memory if it is flat, else in the buffer, from which `store` takes it.
-inline float* target(const Operand& operand, const Tile& tile, Buffer& buffer) {
-  return operand.data && operand.flat ? flat(operand, tile) : buffer.v;
+// Past the caches: a line that is written whole need not be read first.
+inline void stream(float* to, const float* from, int64_t n) {
+  constexpr int64_t WIDTH = sizeof(Lanes) / sizeof(float);
+  int64_t i = 0;
+  for (const bool aligned = reinterpret_cast<uintptr_t>(to) % sizeof(Lanes) == 0; aligned && i + WIDTH <= n; i += WIDTH) {
+    Lanes line;
+    memcpy(&line, from + i, sizeof line);
+    store_past_cache(to + i, line);
+  }
+  std::copy(from + i, from + n, to + i);
+}
+
+// Where a result is computed: in its own memory if that is flat, past the caches where they are too small; else in a
+// buffer, from which `store` takes it.
+struct Sink {
+  float* to;
+  bool past;
+};
+
+inline Sink sink(const Space& space, const Operand& operand, const Tile& tile, Buffer& buffer, bool aside = false) {
+  if (aside || !operand.data || !operand.flat) return {buffer.v, false};
+  return {flat(operand, tile), space.streamed};
 }
 
 inline void store(const Space& space, const Operand& operand, const Tile& tile, const float* from) {
   if (!operand.data) return;
   if (operand.flat) {
     float* to = flat(operand, tile);
-    if (to != from) std::copy(from, from + tile.count, to);
+    if (to == from) return;
+    if (space.streamed) return stream(to, from, tile.count);
+    std::copy(from, from + tile.count, to);
     return;
   }
   switch (operand.type) {
@@ -103,6 +124,44 @@ inline void store(const Space& space, const Operand& operand, const Tile& tile, 
     case Type::f64: scatter<double>(space, operand, tile, from, [](float x) { return double(x); }); break;
     case Type::bf16: scatter<uint16_t>(space, operand, tile, from, [](float x) { return to_bf16(x); }); break;
     case Type::f16: scatter<uint16_t>(space, operand, tile, from, [](float x) { return to_f16(x); }); break;
+  }
+}
+
+#define FOR(i, n) _Pragma("GCC ivdep") for (int64_t i = 0; i < (n); ++i)
+
+template <int N>
+struct Values {
+  float of[N];
+};
+
+// Computes f(i), one value for each sink, of every element of a tile. On the way past the caches a few lines at a time
+// are made, so that reading goes on meanwhile.
+template <int N, typename F>
+inline void emit(int64_t n, const Sink (&sinks)[N], F f) {
+  constexpr int64_t LINES = 64;
+  bool past = false;
+  for (const Sink& each : sinks) past = past || each.past;
+  if (!past) {
+    FOR(i, n) {
+      const Values<N> values = f(i);
+      for (int k = 0; k < N; ++k) sinks[k].to[i] = values.of[k];
+    }
+    return;
+  }
+  alignas(64) float made[N][LINES];
+  for (int64_t begin = 0; begin < n; begin += LINES) {
+    const int64_t count = std::min(LINES, n - begin);
+    FOR(i, count) {
+      const Values<N> values = f(begin + i);
+      for (int k = 0; k < N; ++k) made[k][i] = values.of[k];
+    }
+    for (int k = 0; k < N; ++k) {
+      if (sinks[k].past) {
+        stream(sinks[k].to + begin, made[k], count);
+      } else {
+        std::copy(made[k], made[k] + count, sinks[k].to + begin);
+      }
+    }
   }
 }
 
@@ -139,19 +198,21 @@ inline void for_tiles(const Space& space, int threads, F f) {
   const int64_t tiles = (space.elements + TILE - 1) / TILE, total = space.samples * tiles;
   const int64_t worth = space.samples * space.elements / WORTH_A_THREAD;
   const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (int64_t i = 0; i < total; ++i) {
-    const int64_t begin = i % tiles * TILE;
-    f(Tile{i / tiles, begin, std::min(TILE, space.elements - begin)});
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < total; ++i) {
+      const int64_t begin = i % tiles * TILE;
+      f(Tile{i / tiles, begin, std::min(TILE, space.elements - begin)});
+    }
+    if (space.streamed) wait_for_stores();
   }
 }
-
-#define FOR(i, n) _Pragma("GCC ivdep") for (int64_t i = 0; i < (n); ++i)
 
 void normal(const Normal& op, int threads) {
   for_tiles(op.space, threads, [&](const Tile& tile) {
     Buffer buffer;
-    const bool whole = op.result.flat && op.noise.element.flat && tile.count % 4 == 0;
+    const bool whole = op.result.flat && op.noise.element.flat && tile.count % 4 == 0 && !op.space.streamed;
     if (whole) {
       draw(flat(op.result, tile), uint32_t(tile.begin / 4), tile.count / 4, counter(op.noise, tile.sample));
     } else {
@@ -166,9 +227,9 @@ void add_noise(const AddNoise& op, int threads) {
     const float alpha = of_sample(op.alpha, tile.sample), sigma = of_sample(op.sigma, tile.sample);
     const float* x0 = fetch(op.space, op.x0, tile, bx);
     const float* z = noise_of(op.space, op.noise, tile, bz);
-    float* y = target(op.result, tile, by);
-    FOR(i, tile.count) y[i] = alpha * x0[i] + sigma * z[i];
-    store(op.space, op.result, tile, y);
+    const Sink y = sink(op.space, op.result, tile, by);
+    emit<1>(tile.count, {y}, [=](int64_t i) { return Values<1>{alpha * x0[i] + sigma * z[i]}; });
+    store(op.space, op.result, tile, y.to);
   });
 }
 
@@ -178,41 +239,55 @@ void guide(const Guide& op, int threads) {
     const float scale = of_sample(op.scale, tile.sample);
     const float* cond = fetch(op.space, op.cond, tile, bc);
     const float* uncond = fetch(op.space, op.uncond, tile, bu);
-    float* y = target(op.result, tile, by);
-    FOR(i, tile.count) y[i] = uncond[i] + scale * (cond[i] - uncond[i]);
-    store(op.space, op.result, tile, y);
+    const Sink y = sink(op.space, op.result, tile, by);
+    emit<1>(tile.count, {y}, [=](int64_t i) { return Values<1>{uncond[i] + scale * (cond[i] - uncond[i])}; });
+    store(op.space, op.result, tile, y.to);
   });
 }
 
 inline float clamp(float x, float bound) { return x < -bound ? -bound : x > bound ? bound : x; }
 
-// Guidance, conversion, clamp and update of a tile in one pass; with the youngest history vector and the push where
-// there are such. Everything of an element is read before anything is written: results may lie over arguments.
-template <bool GUIDED, bool HISTORY, bool PUSH>
-void combine(const Row& r, int64_t n, const float* x, const float* output, const float* uncond, const float* history,
-             float* x0, float* next, float* push) {
-  FOR(i, n) {
-    const float now = x[i], old = HISTORY ? history[i] : 0.0f;
-    float prediction = output[i];
-    if (GUIDED) prediction = uncond[i] + r.w * (prediction - uncond[i]);
-    const float estimate = clamp(r.p * now + r.q * prediction, r.clip);
-    float y = r.a * now + r.b * estimate;
-    if (HISTORY) y = y + r.c[0] * old;
-    x0[i] = estimate;
-    next[i] = y;
-    if (PUSH) push[i] = r.u * now + r.v * estimate;
-  }
+// What one pass over a tile reads; uncond and the youngest history vector may be absent.
+struct Sources {
+  const float *x, *output, *uncond, *history;
+};
+
+// Guidance, conversion, clamp and update in one pass, to x', x0 and (N = 3) the push. Everything of an element is read
+// before anything is written: results may lie over arguments.
+template <bool GUIDED, bool HISTORY, int N>
+void combine(const Row& row, int64_t n, const Sources& from, const Sink (&to)[3]) {
+  const Sources s = from;
+  const Row r = row;
+  const auto element = [=](int64_t i) {
+    const float x = s.x[i];
+    float prediction = s.output[i];
+    if (GUIDED) prediction = s.uncond[i] + r.w * (prediction - s.uncond[i]);
+    const float x0 = clamp(r.p * x + r.q * prediction, r.clip);
+    float next = r.a * x + r.b * x0;
+    if (HISTORY) next = next + r.c[0] * s.history[i];
+    Values<N> values;
+    values.of[0] = next;
+    if (N > 1) values.of[1] = x0;
+    if (N > 2) values.of[2] = r.u * x + r.v * x0;
+    return values;
+  };
+  Sink sinks[N];
+  std::copy(to, to + N, sinks);
+  emit<N>(n, sinks, element);
 }
 
-using Combine = decltype(&combine<false, false, false>);
+template <bool GUIDED, bool HISTORY>
+void combine(int results, const Row& r, int64_t n, const Sources& from, const Sink (&to)[3]) {
+  if (results == 1) return combine<GUIDED, HISTORY, 1>(r, n, from, to);
+  if (results == 2) return combine<GUIDED, HISTORY, 2>(r, n, from, to);
+  combine<GUIDED, HISTORY, 3>(r, n, from, to);
+}
 
-inline Combine combine_for(bool guided, bool history, bool push) {
-  static constexpr Combine FORMS[2][2][2] = {
-      {{combine<false, false, false>, combine<false, false, true>},
-       {combine<false, true, false>, combine<false, true, true>}},
-      {{combine<true, false, false>, combine<true, false, true>},
-       {combine<true, true, false>, combine<true, true, true>}}};
-  return FORMS[guided][history][push];
+inline void combine(int results, const Row& r, int64_t n, const Sources& from, const Sink (&to)[3]) {
+  if (from.uncond)
+    from.history ? combine<true, true>(results, r, n, from, to) : combine<true, false>(results, r, n, from, to);
+  else
+    from.history ? combine<false, true>(results, r, n, from, to) : combine<false, false>(results, r, n, from, to);
 }
 
 // next += std z, std per element where the variance is learned.
@@ -234,10 +309,8 @@ inline void add_anchor_to(float* next, const AffineStep& op, const Row& r, const
                           const float* x0, Buffer& buffer) {
   const float* anchor = fetch(op.space, op.anchor, tile, buffer);
   FOR(i, tile.count) next[i] += r.e * anchor[i];
-  if (!op.next_anchor.data) return;
-  float* kept = target(op.next_anchor, tile, buffer);
-  FOR(i, tile.count) kept[i] = r.k * anchor[i] + r.m * x[i] + r.n * x0[i];
-  store(op.space, op.next_anchor, tile, kept);
+  FOR(i, tile.count) buffer.v[i] = r.k * anchor[i] + r.m * x[i] + r.n * x0[i];
+  store(op.space, op.next_anchor, tile, buffer.v);
 }
 
 void affine_tile(const AffineStep& op, const Tile& tile) {
@@ -247,29 +320,29 @@ void affine_tile(const AffineStep& op, const Tile& tile) {
   Row r;
   memcpy(&r, op.table + row * LETTERS, sizeof r);
   Buffer bx, bo, bu, bh, bx0, bnext, bpush;
-  const float* x = fetch(space, op.x, tile, bx);
-  const float* output = fetch(space, op.output, tile, bo);
-  const float* uncond = op.uncond.data ? fetch(space, op.uncond, tile, bu) : nullptr;
-  const float* history = op.history[0].data ? fetch(space, op.history[0], tile, bh) : nullptr;
-  float* x0 = target(op.x0, tile, bx0);
-  // Results that may lie over arguments still needed are made aside.
-  float* next = op.next_anchor.data ? bnext.v : target(op.next, tile, bnext);
-  float* push = op.history[1].data ? bpush.v : target(op.push, tile, bpush);
-  combine_for(uncond, history, op.push.data)(r, n, x, output, uncond, history, x0, next, push);
+  const bool noisy = op.noise.drawn || op.noise.given.data, anchored = op.anchor.data;
+  const bool more = op.history[1].data || anchored || noisy || op.input.data;  // after the first pass
+  const Sources from = {fetch(space, op.x, tile, bx), fetch(space, op.output, tile, bo),
+                        op.uncond.data ? fetch(space, op.uncond, tile, bu) : nullptr,
+                        op.history[0].data ? fetch(space, op.history[0], tile, bh) : nullptr};
+  // Results are made aside where more is added to them, or read that they may lie over.
+  const Sink to[3] = {sink(space, op.next, tile, bnext, more), sink(space, op.x0, tile, bx0, anchored),
+                      sink(space, op.push, tile, bpush, more)};
+  float *next = to[0].to, *x0 = to[1].to;
+  combine(op.push.data ? 3 : op.x0.data || anchored ? 2 : 1, r, n, from, to);
   for (int j = 1; j < 3 && op.history[j].data; ++j) {
     const float* h = fetch(space, op.history[j], tile, bh);
     FOR(i, n) next[i] += r.c[j] * h[i];
   }
-  if (op.anchor.data) add_anchor_to(next, op, r, tile, x, x0, bh);
-  if (op.noise.drawn || op.noise.given.data) add_noise_to(next, op, r, tile, bh, bo);
-  store(space, op.x0, tile, x0);
-  store(space, op.push, tile, push);
+  if (anchored) add_anchor_to(next, op, r, tile, from.x, x0, bh);
+  if (noisy) add_noise_to(next, op, r, tile, bh, bo);
   store(space, op.next, tile, next);
+  store(space, op.x0, tile, x0);
+  store(space, op.push, tile, to[2].to);
   if (op.input.data) {
     const float c_in = op.table[std::min(row + 1, op.rows - 1) * LETTERS];
-    float* input = target(op.input, tile, bh);
-    FOR(i, n) input[i] = c_in * next[i];
-    store(space, op.input, tile, input);
+    FOR(i, n) bh.v[i] = c_in * next[i];
+    store(space, op.input, tile, bh.v);
   }
 }
 
@@ -339,14 +412,13 @@ void diffusion_loss_backward(const DiffusionLoss& op, int threads) {
     const float each = of_sample(op.grad, tile.sample) / float(op.space.elements);
     const float scale = 2.0f * of_sample(op.weight, tile.sample) * each;
     Buffer buffer;
-    float* gradient = target(op.gradient, tile, buffer);
-    FOR(i, tile.count) gradient[i] = scale * t.difference.v[i];
-    store(op.space, op.gradient, tile, gradient);
+    const Sink gradient = sink(op.space, op.gradient, tile, buffer);
+    emit<1>(tile.count, {gradient}, [&](int64_t i) { return Values<1>{scale * t.difference.v[i]}; });
+    store(op.space, op.gradient, tile, gradient.to);
     if (!op.bound) return;
     const float bound = op.bound[tile.sample].weight * each;
-    gradient = target(op.fraction_gradient, tile, buffer);
-    FOR(i, tile.count) gradient[i] = bound * t.slope.v[i];
-    store(op.space, op.fraction_gradient, tile, gradient);
+    FOR(i, tile.count) buffer.v[i] = bound * t.slope.v[i];
+    store(op.space, op.fraction_gradient, tile, buffer.v);
   });
 }
 

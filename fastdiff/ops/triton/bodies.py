@@ -121,11 +121,10 @@ def _launch(
     read, written = ([_regular(t) for t in some] for some in (tensors, results))
     samples, elements = len(lead), lead.numel() // len(lead)
     each = isinstance(noise, Address) or any(isinstance(n, Each) and n.stride for n in numbers)
-    if merge and not each and _alike((*read, *written)):  # nothing tells one sample from another
+    one = merge and not each and _alike((*read, *written))  # nothing tells one sample from another
+    if one:
         samples, elements = 1, lead.numel()
-        operands = [None if t is None else Dense(t, 0) for t in (*read, *written)]
-    else:
-        operands = [None if t is None else _operand(t) for t in (*read, *written)]
+    operands = [t if t is None else Dense(t, 0) if one else _operand(t) for t in (*read, *written)]
     blocks, warps = _blocks(elements)
     space = (elements, math.prod(lead.shape[2:]), blocks)
     with torch.cuda.device_of(lead):

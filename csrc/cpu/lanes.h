@@ -1,7 +1,6 @@
-// Philox for consecutive quads of one sample, one quad in each 64-bit lane: the 32-bit product with a constant is
-// then one instruction, and its upper half one shift. Compiled once for each instruction set.
-#pragma once
-
+// What the compiler does not find by itself, once for each instruction set: Philox for consecutive quads of a sample,
+// one quad in each 64-bit lane (the 32-bit product with a constant is then one instruction, its upper half one
+// shift), and stores that go past the caches.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -21,25 +20,31 @@ inline Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
 inline Lanes upper(Lanes a) { return _mm512_srli_epi64(a, 32); }
 inline Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 inline Lanes all(uint32_t a) { return _mm512_set1_epi64(a); }
+inline void store_past_cache(float* to, Lanes a) { _mm512_stream_si512(reinterpret_cast<Lanes*>(to), a); }
 #elif LEVEL_LANES == 4
 using Lanes = __m256i;
 inline Lanes multiply(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
 inline Lanes upper(Lanes a) { return _mm256_srli_epi64(a, 32); }
 inline Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
 inline Lanes all(uint32_t a) { return _mm256_set1_epi64x(a); }
+inline void store_past_cache(float* to, Lanes a) { _mm256_stream_si256(reinterpret_cast<Lanes*>(to), a); }
 #else
 using Lanes = __m128i;
 inline Lanes multiply(Lanes a, Lanes b) { return _mm_mul_epu32(a, b); }
 inline Lanes upper(Lanes a) { return _mm_srli_epi64(a, 32); }
 inline Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return _mm_xor_si128(a, _mm_xor_si128(b, c)); }
 inline Lanes all(uint32_t a) { return _mm_set1_epi64x(a); }
+inline void store_past_cache(float* to, Lanes a) { _mm_stream_si128(reinterpret_cast<Lanes*>(to), a); }
 #endif
+inline void wait_for_stores() { _mm_sfence(); }  // those past the caches keep no order of their own
 #else
 using Lanes = uint64_t;
 inline Lanes multiply(Lanes a, Lanes b) { return uint64_t(uint32_t(a)) * b; }
 inline Lanes upper(Lanes a) { return a >> 32; }
 inline Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return a ^ b ^ c; }
 inline Lanes all(uint32_t a) { return a; }
+inline void store_past_cache(float* to, Lanes a) { memcpy(to, &a, sizeof a); }
+inline void wait_for_stores() {}
 #endif
 
 // words[j][i], the lower half of each: word j of quad `first` + i.
