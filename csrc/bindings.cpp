@@ -54,7 +54,7 @@ class Plan {
  public:
   // A CUDA thread makes a quad of noise, four row-major elements: there, noise decides the order.
   explicit Plan(const Tensor& lead, bool drawn = false) : device_(lead.device), dims_(lead.ndim - 1) {
-    if (dims_ < 0 || dims_ > MAX_DIMS) refuse("tensors of 1 to " + std::to_string(MAX_DIMS + 1) + " dimensions only");
+    if (dims_ < 1 || dims_ > MAX_DIMS) refuse("tensors of 2 to " + std::to_string(MAX_DIMS + 1) + " dimensions only");
     if (device_.type != CPU && device_.type != CUDA) refuse("tensors must be on the CPU or on a CUDA device");
     samples_ = lead.shape[0];
     for (int d = 0; d < dims_; ++d) shape_[d] = lead.shape[d + 1], order_[d] = d;
@@ -73,6 +73,7 @@ class Plan {
     operand.sample = tensor.strides[0];
     int64_t offset = 0;
     if (part) offset = shape_[0] * tensor.strides[1];
+    if (!tensor.base && samples_ * elements() > 0) refuse(std::string(name) + " holds no values");
     operand.data = tensor.data() + offset * size_of(operand.type);
     for (int d = 0; d < dims_; ++d) operand.stride[d] = tensor.strides[order_[d] + 1];
     remember(operand);
@@ -145,8 +146,7 @@ class Plan {
   // `uniform`: nothing but position tells one sample from another, so all of them may be walked as one.
   Space space(bool uniform) {
     Space space;
-    space.samples = samples_, space.elements = 1;
-    for (int d = 0; d < dims_; ++d) space.elements *= shape_[d];
+    space.samples = samples_, space.elements = elements();
     mark_flat();
     join(space);
     if (device_.type == CUDA && (space.dims > 2 || space.elements > UINT32_MAX))
@@ -163,6 +163,12 @@ class Plan {
   }
 
   int64_t samples() const { return samples_; }
+
+  int64_t elements() const {
+    int64_t total = 1;
+    for (int d = 0; d < dims_; ++d) total *= shape_[d];
+    return total;
+  }
   Device device() const { return device_; }
 
  private:
@@ -204,12 +210,10 @@ class Plan {
 
   // The bytes from the first to behind the last element.
   std::pair<const char*, const char*> extent(const Operand& operand) const {
-    int64_t last = (samples_ - 1) * operand.sample, total = samples_;
-    for (int d = 0; d < dims_; ++d) {
-      last += (shape_[order_[d]] - 1) * operand.stride[d];
-      total *= shape_[order_[d]];
-    }
-    return {operand.data, operand.data && total ? operand.data + (last + 1) * size_of(operand.type) : operand.data};
+    if (!operand.data || samples_ * elements() == 0) return {operand.data, operand.data};
+    int64_t last = (samples_ - 1) * operand.sample;
+    for (int d = 0; d < dims_; ++d) last += (shape_[order_[d]] - 1) * operand.stride[d];
+    return {operand.data, operand.data + (last + 1) * size_of(operand.type)};
   }
 
   bool same_place(const Operand& a, const Operand& b) const {
@@ -267,7 +271,8 @@ void Plan::add_noise(Noise& noise, py::handle object) {
   noise.drawn = true;
   noise.seed = index(address[0], "seed");
   noise.step = index(address[1], "step");
-  noise.numbered = absent(address[2]) && !noise.seed.each;
+  const bool seed_each = noise.seed.each && tensor_of(address[0], "seed").ndim > 0;
+  noise.numbered = absent(address[2]) && !seed_each;
   if (!absent(address[2])) noise.sample = index(address[2], "sample");
   noise.stream = address[3].cast<uint32_t>();
   int64_t expected[MAX_DIMS], total = 1;
@@ -279,7 +284,7 @@ void Plan::add_noise(Noise& noise, py::handle object) {
 // Runs an op where its tensors are: on the CPU without the interpreter's lock, or on the current stream.
 template <typename Op, typename Cuda>
 void run(const Op& op, Device device, int threads, void (*on_cpu)(const Op&, int), Cuda on_cuda) {
-  if (op.space.samples == 0 || op.space.elements == 0) return;
+  if (op.space.samples == 0) return;
   if (device.type == CPU) {
     py::gil_scoped_release unlocked;
     on_cpu(op, std::max(threads, 1));

@@ -85,3 +85,12 @@ def test_each_sample_is_normalised_alone():
     whole = fd.ops.group_norm_silu(x, 3)
     for k in range(5):
         assert (whole[k] - fd.ops.group_norm_silu(x[k : k + 1], 3)[0]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
+def test_group_norm_does_not_cancel_on_planes_of_one_element(ratio, layout):
+    """Such a tensor is contiguous in both formats, and ATen may take the wrong one."""
+    x = lay_out(randn((2, 64, 1, 1), 3) + ratio, layout)
+    error = norm_error(x, 2, fd.ops.group_norm_silu(x, 2, activation="none"))
+    assert error <= 8 * unit(F32) * (4 + ratio)

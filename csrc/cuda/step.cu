@@ -360,6 +360,7 @@ class Guard {
 
 template <typename Op>
 int launch(void (*kernel)(Op), const Op& op, int device, void* stream) {
+  if (op.space.elements == 0) return cudaSuccess;
   const Guard guard(device);
   kernel<<<blocks(op.space), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(op);
   return cudaGetLastError();
@@ -398,12 +399,12 @@ int diffusion_loss(const DiffusionLoss& op, int device, void* stream_) {
   const bool flat = vectors(op.space, op.output, op.fraction, op.x0, op.noise.given);
   const int64_t quads = (op.space.elements + 3) / 4, chunks = (quads + THREADS * CHUNK - 1) / (THREADS * CHUNK);
   float* partial = nullptr;
-  const int error = cudaMallocAsync(&partial, size_t(chunks * op.space.samples) * sizeof(float), stream);
+  const int error = cudaMallocAsync(&partial, size_t(chunks * op.space.samples + 1) * sizeof(float), stream);
   if (error) return error;
   const auto drawn = flat ? partial_kernel<true, true> : partial_kernel<true, false>;
   const auto given = flat ? partial_kernel<false, true> : partial_kernel<false, false>;
   const auto kernel = op.noise.drawn ? drawn : given;
-  kernel<<<unsigned(chunks * op.space.samples), THREADS, 0, stream>>>(op, partial, chunks);
+  if (chunks) kernel<<<unsigned(chunks * op.space.samples), THREADS, 0, stream>>>(op, partial, chunks);
   total_kernel<<<unsigned((op.space.samples + THREADS - 1) / THREADS), THREADS, 0, stream>>>(op, partial, chunks);
   const int launched = cudaGetLastError(), freed = cudaFreeAsync(partial, stream);
   return launched ? launched : freed;

@@ -53,20 +53,25 @@ def add_noise(
     Raises:
         InputError: shapes or devices that do not fit, integer tensors, neither or both of noise and seed.
     """
+    try:
+        if run := library.quick("add_noise", x0, alpha, sigma, noise):
+            result = empty_like(x0) if out is None else out
+            run(x0, alpha, sigma, _noise(x0, noise, seed, step, sample), result)
+            return result
+    except Exception:  # said better, or mended, below
+        pass
     check_floating("x0", x0)
     alpha, sigma = check_scale("alpha", alpha, x0), check_scale("sigma", sigma, x0)
     source = _noise(x0, noise, seed, step, sample)
-    if out is None:
-        if library.traced(x0, alpha, sigma, noise):
-            return library.add_noise(x0, alpha, sigma, source)
-        out = empty_like(x0)
-    else:
+    if out is not None:
         check_result("out", out, x0, x0.dtype)
         check_apart((x0, noise), [("out", out, (x0, noise))])
-        if library.traced(x0, alpha, sigma, noise):
-            return out.copy_(library.add_noise(x0, alpha, sigma, source))
-    body("add_noise", x0.device, library.wide(x0))(x0, alpha, sigma, source, out)
-    return out
+    if library.traced(x0, alpha, sigma, noise):
+        result = library.add_noise(x0, alpha, sigma, source)
+        return result if out is None else out.copy_(result)
+    result = empty_like(x0) if out is None else out
+    body("add_noise", x0.device, library.wide(x0))(x0, alpha, sigma, source, result)
+    return result
 
 
 def diffusion_loss(

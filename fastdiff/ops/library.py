@@ -6,6 +6,7 @@ directly. Either way the backend is chosen when the op runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,18 @@ _library.define(
 def traced(*values: Any) -> bool:
     """Whether PyTorch has to see the call: it is being compiled, or a gradient has to flow."""
     return torch.compiler.is_compiling() or needs_grad(*values) or torch._C._len_torch_dispatch_stack() > 0
+
+
+def quick(op: str, x: Tensor, *values: Any) -> Callable[..., None] | None:
+    """The body that would run ``op``, if it checks its arguments itself and PyTorch need not see the call.
+
+    A contract tries it first: looking at every argument from Python takes longer than a step on a small tensor. What
+    it refuses, the contract then looks at as for any other backend, to say what is wrong or to make it fit.
+    """
+    if traced(x, *values):
+        return None
+    run = body(op, x.device, wide(x))
+    return run if getattr(run, "checks_arguments", False) else None
 
 
 def needs_grad(*values: Any) -> bool:

@@ -49,6 +49,7 @@ def _body(run: Callable[..., None]) -> Callable[..., None]:
         except ValueError as error:
             raise InputError(str(error)) from None
 
+    body.checks_arguments = True  # type: ignore[attr-defined]
     return body
 
 

@@ -35,6 +35,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 COLUMNS = len(rows.LETTERS)
 
 Levels = tuple[Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Step(NamedTuple):
@@ -70,6 +71,13 @@ def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, *, out: Tensor | 
         scale: a number or ``[N]``.
         out: where to write the result, like ``cond`` and dense; may be ``cond`` or ``uncond`` itself.
     """
+    try:
+        if (run := library.quick("guide", cond, uncond, scale)) and uncond.dtype == cond.dtype:
+            result = empty_like(cond) if out is None else out
+            run(cond, uncond, scale, result)
+            return result
+    except Exception:  # said better, or mended, below
+        pass
     check_floating("cond", cond)
     check_same("uncond", uncond, cond)
     if uncond.dtype != cond.dtype:
@@ -127,23 +135,53 @@ def affine_step(
     Raises:
         InputError: what does not fit, by name; an explicit backend that has no gradient where one is needed.
     """
+    at = row if step is None else step
+    vectors = (uncond, history, anchor)
+    try:
+        if run := library.quick("affine_step", x, output, uncond, *history, anchor, noise):
+            source = noise if seed is None else _address(x, noise, seed, at, sample)
+            results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
+            run(x, output, table, row, *vectors, source, _written(results))
+            return _shifted(results, history)
+    except Exception:  # said better, or mended, below
+        pass
     check_state("x", x)
     check_output(output, x)
     table = _check_table(table, x)
     check_row(row, len(table), x)
-    source = _check_vectors(x, output, uncond, history, anchor, noise, seed, row if step is None else step, sample)
-    if out is None:
-        out = _results(x, history, anchor, keep_x0, input_dtype)
-    else:
-        _check_out(out, x, output, uncond, history, anchor, noise)
-    results = (out.x, out.x0, out.history[0] if out.history else None, out.anchor, out.input)
+    _check_vectors(x, output, *vectors, noise)
+    source = noise if seed is None else _address(x, noise, seed, at, sample)
+    if out is not None:
+        _check_out(out, x, output, *vectors, noise)
+    results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
     grad = library.needs_grad(x, output, uncond, *history, anchor, noise)
     if torch.compiler.is_compiling() and not grad:
-        library.affine_step(x, output, table, row, uncond, history, anchor, source, results)
+        library.affine_step(x, output, table, row, *vectors, source, _written(results))
     else:
         run = body("affine_step", x.device, x.dtype, differentiable=grad)
-        run(x, output, table, row, uncond, history, anchor, source, results)
-    return out if not out.history else out._replace(history=(out.history[0], *history[:-1]))
+        run(x, output, table, row, *vectors, source, _written(results))
+    return _shifted(results, history)
+
+
+def _written(results: Step) -> Results:
+    """The tensors a body writes: the older vectors of the history are only passed on."""
+    return results.x, results.x0, results.history[0] if results.history else None, results.anchor, results.input
+
+
+def _shifted(results: Step, history: tuple[Tensor, ...]) -> Step:
+    return results._replace(history=(results.history[0], *history[:-1])) if history else results
+
+
+def _address(
+    x: Tensor,
+    noise: Tensor | None,
+    seed: noises.Seed,
+    step: int | Tensor,
+    sample: Sequence[int] | Tensor | None,
+) -> noises.Address:
+    if noise is not None:
+        raise InputError("give either noise or seed")
+    return noises.address(len(x), x.device, seed=seed, step=step, sample=sample)
 
 
 def ddim_step(
@@ -304,28 +342,17 @@ def _check_vectors(
     history: tuple[Tensor, ...],
     anchor: Tensor | None,
     noise: Tensor | None,
-    seed: noises.Seed | None,
-    step: int | Tensor,
-    sample: Sequence[int] | Tensor | None,
-) -> Tensor | noises.Address | None:
-    """Check the tensors beside x and output; returns where the noise comes from."""
+) -> None:
+    """Check the tensors beside x and output."""
     if uncond is not None:
         check_same("uncond", uncond, output)
-    if history:
-        if len(history) > 3:
-            raise InputError(f"history holds at most three vectors, got {len(history)}")
-        for i, vector in enumerate(history):
-            check_same(f"h{i + 1}", vector, x)
-    if anchor is not None:
-        check_same("anchor", anchor, x)
-    if noise is not None:
-        if seed is not None:
-            raise InputError("give either noise or seed")
-        check_same("noise", noise, x)
-        return noise
-    if seed is None:
-        return None
-    return noises.address(len(x), x.device, seed=seed, step=step, sample=sample)
+    if not isinstance(history, tuple) or len(history) > 3:
+        raise InputError(f"history must be a tuple of at most three vectors, got {history!r}")
+    for i, vector in enumerate(history):
+        check_same(f"h{i + 1}", vector, x)
+    for name, value in (("anchor", anchor), ("noise", noise)):
+        if value is not None:
+            check_same(name, value, x)
 
 
 def _results(
