@@ -30,6 +30,9 @@ Tensor tensor_of(py::handle object, const char* name) {
   if (!PyObject_TypeCheck(object.ptr(), tensor_type)) refuse(std::string(name) + " must be a tensor");
   Tensor tensor;
   if (api->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  int64_t elements = 1;
+  for (int d = 0; d < tensor.ndim; ++d) elements *= tensor.shape[d];
+  if (elements && !tensor.base) refuse(std::string(name) + " holds no values");
   return tensor;
 }
 
@@ -53,8 +56,10 @@ int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 
 class Plan {
  public:
   // A CUDA thread makes a quad of noise, four row-major elements: there, noise decides the order.
-  explicit Plan(const Tensor& lead, bool drawn = false) : device_(lead.device), dims_(lead.ndim - 1) {
-    if (dims_ < 1 || dims_ > MAX_DIMS) refuse("tensors of 2 to " + std::to_string(MAX_DIMS + 1) + " dimensions only");
+  explicit Plan(const Tensor& lead, bool drawn = false, int least_dims = 1)
+      : device_(lead.device), dims_(lead.ndim - 1) {
+    if (dims_ < least_dims || dims_ > MAX_DIMS)
+      refuse("tensors of 2 to " + std::to_string(MAX_DIMS + 1) + " dimensions only");
     if (device_.type != CPU && device_.type != CUDA) refuse("tensors must be on the CPU or on a CUDA device");
     samples_ = lead.shape[0];
     for (int d = 0; d < dims_; ++d) shape_[d] = lead.shape[d + 1], order_[d] = d;
@@ -63,7 +68,6 @@ class Plan {
 
   // A tensor of the lead's shape; or with `wide`, of so many times its channels, of which this is part `part`.
   void add(Operand& operand, py::handle object, const char* name, int part = 0, bool wide = false) {
-    if (absent(object)) return;
     const Tensor tensor = tensor_of(object, name);
     bool fits = tensor.ndim == dims_ + 1 && tensor.shape[0] == samples_;
     for (int d = 0; d < dims_ && fits; ++d) fits = tensor.shape[d + 1] == shape_[d] * (wide && d == 0 ? 2 : 1);
@@ -73,13 +77,17 @@ class Plan {
     operand.sample = tensor.strides[0];
     int64_t offset = 0;
     if (part) offset = shape_[0] * tensor.strides[1];
-    if (!tensor.base && samples_ * elements() > 0) refuse(std::string(name) + " holds no values");
+    if (object.attr("is_neg")().ptr() == Py_True) refuse(std::string(name) + " is a view that is yet to be negated");
     operand.data = tensor.data() + offset * size_of(operand.type);
     for (int d = 0; d < dims_; ++d) operand.stride[d] = tensor.strides[order_[d] + 1];
     remember(operand);
   }
 
-  // A tensor that is written: dense, and apart from all others, unless it is exactly one that it may lie over.
+  void add_optional(Operand& operand, py::handle object, const char* name, int part = 0, bool wide = false) {
+    if (!absent(object)) add(operand, object, name, part, wide);
+  }
+
+  // A tensor that is written, or None: dense, and apart from all others, unless it is exactly one that it may lie over.
   void add_result(Operand& operand, py::handle object, const char* name,
                   std::initializer_list<const Operand*> may_lie_over = {}, int part = 0, bool wide = false) {
     if (absent(object)) return;
@@ -263,9 +271,9 @@ class Plan {
   int count_ = 0;
 };
 
-// None, a tensor, or the address (seed, step, sample, stream).
+// A tensor, or the address (seed, step, sample, stream).
 void Plan::add_noise(Noise& noise, py::handle object) {
-  if (!is_address(object)) return add(noise.given, object, "noise");
+  if (!is_address(object)) return add(noise.given, object, "noise");  // None is refused
   const py::tuple address = py::reinterpret_borrow<py::tuple>(object);
   if (address.size() != 4) refuse("a noise address is (seed, step, sample, stream)");
   noise.drawn = true;
@@ -309,9 +317,13 @@ void run(const Op& op, Device device, int threads, void (*on_cpu)(const Op&, int
 
 void normal_(py::handle result, py::handle noise, int threads) {
   Normal op;
-  Plan plan(tensor_of(result, "result"), true);
-  plan.add_result(op.result, result, "result");
+  const Tensor lead = tensor_of(result, "result");
+  Plan plan(lead, true, 0);
+  if (!is_address(noise)) refuse("normals need an address (seed, step, sample, stream)");
+  plan.add(op.result, result, "result");
   plan.add_noise(op.noise, noise);
+  for (int d = 0; d < lead.ndim; ++d)
+    if (lead.shape[d] > 1 && lead.strides[d] == 0) refuse("result is expanded");
   op.space = plan.space(false);
   run(op, plan.device(), threads, kernels->normal, ON_CUDA(normal));
 }
@@ -353,11 +365,11 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
   const bool wide = is_wide(output, lead);
   plan.add(op.output, output, "output", 0, wide);
   if (wide) plan.add(op.fraction, output, "output", 1, wide);
-  plan.add(op.uncond, uncond, "uncond", 0, wide);
+  plan.add_optional(op.uncond, uncond, "uncond", 0, wide);
   if (history.size() > 3) refuse("history holds at most three vectors");
   for (size_t i = 0; i < history.size(); ++i) plan.add(op.history[i], history[i], "history");
-  plan.add(op.anchor, anchor, "anchor");
-  plan.add_noise(op.noise, noise);
+  plan.add_optional(op.anchor, anchor, "anchor");
+  if (!absent(noise)) plan.add_noise(op.noise, noise);
   if (results.size() != 5) refuse("results are (x, x0, pushed, anchor, input)");
   const Operand* h = op.history;
   plan.add_result(op.next, results[0], "out.x", {&op.x});
@@ -365,7 +377,7 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
   plan.add_result(op.push, results[2], "out.history", {h, h + 1, h + 2});
   plan.add_result(op.next_anchor, results[3], "out.anchor", {&op.anchor});
   plan.add_result(op.input, results[4], "out.input");
-  if (!op.push.data != !op.history[0].data || !op.next_anchor.data != !op.anchor.data || !op.next.data)
+  if (absent(results[0]) || absent(results[2]) != (history.size() == 0) || absent(results[3]) != absent(anchor))
     refuse("out must hold x, and history and anchor where the step is given them");
   for (const Operand* state : {&op.x, &op.next, &op.x0, &op.push, &op.next_anchor})
     if (state->data && state->type != Type::f32) refuse("the state must be float32");

@@ -163,8 +163,7 @@ class Diffusion:
         scale = HYBRID_WEIGHT * len(self.schedule)
         learned = kind == "hybrid" and self.variance == "learned_range"
         bound = self._bound(t, x0, scale) if learned else None
-        place = {"seed": seed, "step": step, "sample": sample}
-        loss = ops.diffusion_loss(out, x0, f, g, weight, bound=bound, **place).mean()
+        loss = ops.diffusion_loss(out, x0, f, g, weight, bound=bound, seed=seed, step=step, sample=sample).mean()
         if kind == "hybrid":
             # What the op does not know: the decoder, and a bound that trains nothing.
             rest = (t == 0).to(x0.device) if learned else torch.ones_like(t, dtype=torch.bool, device=x0.device)

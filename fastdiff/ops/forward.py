@@ -54,9 +54,11 @@ def add_noise(
         InputError: shapes or devices that do not fit, integer tensors, neither or both of noise and seed.
     """
     try:
-        if run := library.quick("add_noise", x0, alpha, sigma, noise):
-            result = empty_like(x0) if out is None else out
+        run = library.quick("add_noise", x0, alpha, sigma, noise)
+        result = empty_like(x0) if out is None else out
+        if run and result.dtype == x0.dtype:
             run(x0, alpha, sigma, _noise(x0, noise, seed, step, sample), result)
+            library.written(out)
             return result
     except Exception:  # said better, or mended, below
         pass
@@ -71,6 +73,7 @@ def add_noise(
         return result if out is None else out.copy_(result)
     result = empty_like(x0) if out is None else out
     body("add_noise", x0.device, library.wide(x0))(x0, alpha, sigma, source, result)
+    library.written(out)
     return result
 
 

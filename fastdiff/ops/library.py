@@ -59,6 +59,13 @@ def needs_grad(*values: Any) -> bool:
     return False
 
 
+def written(*results: Tensor | None) -> None:
+    """Tell autograd that a body wrote to tensors the caller gave, as PyTorch's own operations do."""
+    for result in results:
+        if result is not None and not result.is_inference():
+            torch.autograd.graph.increment_version(result)
+
+
 def wide(x: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 stays, everything else is computed in float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -235,10 +242,10 @@ def _diffusion_loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     if not any(needs[1:]) and not torch.is_grad_enabled():
         return torch.ops.fastdiff.diffusion_loss_backward(grad, *saved), *(None,) * 10
     # Any other gradient, or one that is differentiated again: autograd follows the reference.
-    output, x0, *numbers = saved[:6]
+    output, x0, f, g, weight, bound = saved[:6]
     with torch.enable_grad():
         loss = _shape_of_loss(output, x0)
-        reference.diffusion_loss(output, x0, *numbers, _noise(*saved[6:]), loss)
+        reference.diffusion_loss(output, x0, f, g, weight, bound, _noise(*saved[6:]), loss)
         wanted = [value for value, need in zip(saved, needs, strict=True) if need]
         slopes = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
     return tuple(next(slopes) if need else None for need in needs)

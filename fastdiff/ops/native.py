@@ -43,22 +43,26 @@ def describe() -> str:
 def _body(run: Callable[..., None]) -> Callable[..., None]:
     def body(*arguments: Any) -> None:
         if arguments[0].is_cuda:
-            arguments = tuple(map(_dense, arguments))
+            arguments = tuple(_mend(argument, is_dense, Tensor.contiguous) for argument in arguments)
         try:
             run(*arguments, torch.get_num_threads())
         except ValueError as error:
-            raise InputError(str(error)) from None
+            plain = tuple(_mend(argument, lambda x: not x.is_neg(), Tensor.resolve_neg) for argument in arguments)
+            if all(a is b for a, b in zip(plain, arguments, strict=True)):
+                raise InputError(str(error)) from None
+            body(*plain)
 
     body.checks_arguments = True  # type: ignore[attr-defined]
     return body
 
 
-def _dense(argument: Any) -> Any:
-    """CUDA kernels read contiguous and channels-last tensors; another layout is copied (results are never such)."""
+def _mend(argument: Any, fits: Callable[[Tensor], bool], mend: Callable[[Tensor], Tensor]) -> Any:
+    """An argument, or a tuple of vectors, that fits the kernels: a copy where it does not (results always do)."""
     if isinstance(argument, Tensor):
-        return argument if is_dense(argument) else argument.contiguous()
+        return argument if fits(argument) else mend(argument)
     if type(argument) is tuple:  # of vectors; an address is a tuple of another type
-        return tuple(map(_dense, argument))
+        mended = tuple(_mend(part, fits, mend) for part in argument)
+        return argument if all(a is b for a, b in zip(mended, argument, strict=True)) else mended
     return argument
 
 

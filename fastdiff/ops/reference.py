@@ -83,9 +83,10 @@ def affine_step(
     x0 = torch.clamp(r["p"] * x + r["q"] * prediction, -r["clip"], r["clip"])
     following = r["a"] * x + r["b"] * x0
     for letter, h in zip(("c1", "c2", "c3"), history, strict=False):
-        following = following + r[letter] * h
+        following = following + r[letter] * h.to(x.dtype)
     kept = None
     if anchor is not None:
+        anchor = anchor.to(x.dtype)
         following = following + r["e"] * anchor
         kept = r["k"] * anchor + r["m"] * x + r["n"] * x0
     if noise is not None:
@@ -112,7 +113,8 @@ def group_norm_silu(
     # ATen's variance is two-pass only on contiguous memory; its channels-last form cancels.
     wide = _wide(x)
     weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
-    y = torch.group_norm(x.to(wide).contiguous(), groups, weight, bias, eps)
+    flat = (x.flatten(2) if x.ndim > 2 else x).to(wide).contiguous()
+    y = torch.group_norm(flat, groups, weight, bias, eps).reshape(x.shape)
     if scale is not None:
         y = y * (1 + _like(scale, y))
     if shift is not None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypedDict
 
@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from fastdiff import noise as noises
 from fastdiff.backends import body
 from fastdiff.errors import InputError, choose
-from fastdiff.ops import library
+from fastdiff.ops import library, reference
 from fastdiff.ops import row as rows
 from fastdiff.ops.checks import (
     check_apart,
@@ -72,9 +72,11 @@ def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, *, out: Tensor | 
         out: where to write the result, like ``cond`` and dense; may be ``cond`` or ``uncond`` itself.
     """
     try:
-        if (run := library.quick("guide", cond, uncond, scale)) and uncond.dtype == cond.dtype:
-            result = empty_like(cond) if out is None else out
+        run = library.quick("guide", cond, uncond, scale)
+        result = empty_like(cond) if out is None else out
+        if run and uncond.dtype == cond.dtype == result.dtype:
             run(cond, uncond, scale, result)
+            library.written(out)
             return result
     except Exception:  # said better, or mended, below
         pass
@@ -83,17 +85,13 @@ def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, *, out: Tensor | 
     if uncond.dtype != cond.dtype:
         raise InputError(f"uncond must be {cond.dtype}, got {uncond.dtype}")
     scale = check_scale("scale", scale, cond)
-    if out is None:
-        out = empty_like(cond)
-    else:
+    if out is not None:
         check_result("out", out, cond, cond.dtype)
         check_apart((cond, uncond), [("out", out, (cond, uncond))])
-    if torch.compiler.is_compiling():
-        library.guide(cond, uncond, scale, out)
-    else:
-        grad = library.needs_grad(cond, uncond, scale)
-        body("guide", cond.device, library.wide(cond), differentiable=grad)(cond, uncond, scale, out)
-    return out
+    result = empty_like(cond) if out is None else out
+    _runner("guide", cond, library.needs_grad(cond, uncond, scale))(cond, uncond, scale, result)
+    library.written(out)
+    return result
 
 
 def affine_step(
@@ -138,10 +136,12 @@ def affine_step(
     at = row if step is None else step
     vectors = (uncond, history, anchor)
     try:
-        if run := library.quick("affine_step", x, output, uncond, *history, anchor, noise):
+        if run := library.quick("affine_step", x, output, table, uncond, *history, anchor, noise):
             source = noise if seed is None else _address(x, noise, seed, at, sample)
             results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
             run(x, output, table, row, *vectors, source, _written(results))
+            if out is not None:
+                library.written(*_written(out))
             return _shifted(results, history)
     except Exception:  # said better, or mended, below
         pass
@@ -154,13 +154,20 @@ def affine_step(
     if out is not None:
         _check_out(out, x, output, *vectors, noise)
     results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
-    grad = library.needs_grad(x, output, uncond, *history, anchor, noise)
-    if torch.compiler.is_compiling() and not grad:
-        library.affine_step(x, output, table, row, *vectors, source, _written(results))
-    else:
-        run = body("affine_step", x.device, x.dtype, differentiable=grad)
-        run(x, output, table, row, *vectors, source, _written(results))
+    grad = library.needs_grad(x, output, table, uncond, *history, anchor, noise)
+    run = _runner("affine_step", x, grad)
+    run(x, output, table, row, *vectors, source, _written(results))
+    if out is not None:
+        library.written(*_written(out))
     return _shifted(results, history)
+
+
+def _runner(op: str, x: Tensor, grad: bool) -> Callable[..., None]:
+    """What runs a step: a body that autograd can follow where it must; the registered op where it is compiled."""
+    if torch.compiler.is_compiling():
+        run: Callable[..., None] = getattr(reference if grad else library, op)
+        return run
+    return body(op, x.device, library.wide(x), differentiable=grad)
 
 
 def _written(results: Step) -> Results:
