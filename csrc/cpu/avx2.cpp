@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 #pragma GCC target("arch=x86-64-v3")
 #include "tiles.h"

@@ -1,6 +1,7 @@
 // The ops on the CPU. A tile of a sample is fetched into float32 (where it is not flat float32 already), computed in
 // simple loops over the tile, which stays in the first-level cache, and stored. Threads share the tiles.
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "../number.h"
@@ -19,6 +20,7 @@ struct alignas(64) Buffer {
 
 struct Tile {
   int64_t sample, begin, count;
+  bool down;  // elements are walked from the last to the first
 };
 
 // Calls f(run offset in the operand, position in the tile, length of the run) for runs along the last dimension.
@@ -129,39 +131,53 @@ inline void store(const Space& space, const Operand& operand, const Tile& tile, 
 
 #define FOR(i, n) _Pragma("GCC ivdep") for (int64_t i = 0; i < (n); ++i)
 
-template <int N>
-struct Values {
-  float of[N];
-};
+// Whether a store is soon followed by loads that agree with it in the last twelve bits of their address, for which the
+// processor makes them wait. Tensors that were allocated one after the other lie so; a walk from the last element to
+// the first has those loads behind it.
+inline bool in_the_way(const Space& space, std::initializer_list<const Operand*> results,
+                       std::initializer_list<const Operand*> sources) {
+  bool any = false;
+  for (const Operand* to : results)
+    for (const Operand* from : sources) {
+      const int64_t ahead = (to->data - from->data) & 4095;
+      any = any || (to->data && from->data && to->flat && from->flat && ahead > 0 && ahead < 2048);
+    }
+  return any && !space.streamed;
+}
 
-// Computes f(i), one value for each sink, of every element of a tile. On the way past the caches a few lines at a time
-// are made, so that reading goes on meanwhile.
+constexpr int64_t LINES = 64;  // elements made aside before they are written: a few cache lines
+
 template <int N, typename F>
-inline void emit(int64_t n, const Sink (&sinks)[N], F f) {
-  constexpr int64_t LINES = 64;
+inline __attribute__((always_inline)) void emit_lines(int64_t begin, int64_t n, const Sink (&sinks)[N], const F& f) {
+  alignas(64) float made[N][LINES];
+  FOR(i, n) f(begin + i, [&](int k, float value) { made[k][i] = value; });
+  for (int k = 0; k < N; ++k) {
+    if (sinks[k].past) {
+      stream(sinks[k].to + begin, made[k], n);
+    } else {
+      memcpy(sinks[k].to + begin, made[k], size_t(n) * sizeof(float));
+    }
+  }
+}
+
+// Runs f(i, put) for every element of a tile; put(k, value) gives sink k its value. A few lines at a time are made
+// aside where results go past the caches, so that reading goes on meanwhile, and on the way down.
+template <int N, typename F>
+inline void emit(const Tile& tile, const Sink (&sinks)[N], F f) {
+  const int64_t n = tile.count;
   bool past = false;
   for (const Sink& each : sinks) past = past || each.past;
-  if (!past) {
-    FOR(i, n) {
-      const Values<N> values = f(i);
-      for (int k = 0; k < N; ++k) sinks[k].to[i] = values.of[k];
-    }
-    return;
-  }
-  alignas(64) float made[N][LINES];
-  for (int64_t begin = 0; begin < n; begin += LINES) {
-    const int64_t count = std::min(LINES, n - begin);
-    FOR(i, count) {
-      const Values<N> values = f(begin + i);
-      for (int k = 0; k < N; ++k) made[k][i] = values.of[k];
-    }
-    for (int k = 0; k < N; ++k) {
-      if (sinks[k].past) {
-        stream(sinks[k].to + begin, made[k], count);
-      } else {
-        std::copy(made[k], made[k] + count, sinks[k].to + begin);
-      }
-    }
+  const int64_t whole = n / LINES * LINES;
+  if (past) {
+    for (int64_t begin = 0; begin < whole; begin += LINES) emit_lines(begin, LINES, sinks, f);
+    emit_lines(whole, n - whole, sinks, f);
+  } else if (tile.down) {
+    emit_lines(whole, n - whole, sinks, f);
+    for (int64_t begin = whole - LINES; begin >= 0; begin -= LINES) emit_lines(begin, LINES, sinks, f);
+  } else {
+    float* to[N];
+    for (int k = 0; k < N; ++k) to[k] = sinks[k].to;
+    FOR(i, n) f(i, [&](int k, float value) { to[k][i] = value; });
   }
 }
 
@@ -194,7 +210,7 @@ inline const float* noise_of(const Space& space, const Noise& noise, const Tile&
 
 // Runs f(tile) for every tile of every sample.
 template <typename F>
-inline void for_tiles(const Space& space, int threads, F f) {
+inline void for_tiles(const Space& space, int threads, bool down, F f) {
   const int64_t tiles = (space.elements + TILE - 1) / TILE, total = space.samples * tiles;
   const int64_t worth = space.samples * space.elements / WORTH_A_THREAD;
   const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));
@@ -202,15 +218,15 @@ inline void for_tiles(const Space& space, int threads, F f) {
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < total; ++i) {
-      const int64_t begin = i % tiles * TILE;
-      f(Tile{i / tiles, begin, std::min(TILE, space.elements - begin)});
+      const int64_t at = down ? total - 1 - i : i, begin = at % tiles * TILE;
+      f(Tile{at / tiles, begin, std::min(TILE, space.elements - begin), down});
     }
     if (space.streamed) wait_for_stores();
   }
 }
 
 void normal(const Normal& op, int threads) {
-  for_tiles(op.space, threads, [&](const Tile& tile) {
+  for_tiles(op.space, threads, false, [&](const Tile& tile) {
     Buffer buffer;
     const bool whole = op.result.flat && op.noise.element.flat && tile.count % 4 == 0 && !op.space.streamed;
     if (whole) {
@@ -222,25 +238,27 @@ void normal(const Normal& op, int threads) {
 }
 
 void add_noise(const AddNoise& op, int threads) {
-  for_tiles(op.space, threads, [&](const Tile& tile) {
+  const bool down = in_the_way(op.space, {&op.result}, {&op.x0, &op.noise.given});
+  for_tiles(op.space, threads, down, [&](const Tile& tile) {
     Buffer bx, bz, by;
     const float alpha = of_sample(op.alpha, tile.sample), sigma = of_sample(op.sigma, tile.sample);
     const float* x0 = fetch(op.space, op.x0, tile, bx);
     const float* z = noise_of(op.space, op.noise, tile, bz);
     const Sink y = sink(op.space, op.result, tile, by);
-    emit<1>(tile.count, {y}, [=](int64_t i) { return Values<1>{alpha * x0[i] + sigma * z[i]}; });
+    emit<1>(tile, {y}, [=](int64_t i, auto put) { put(0, alpha * x0[i] + sigma * z[i]); });
     store(op.space, op.result, tile, y.to);
   });
 }
 
 void guide(const Guide& op, int threads) {
-  for_tiles(op.space, threads, [&](const Tile& tile) {
+  const bool down = in_the_way(op.space, {&op.result}, {&op.cond, &op.uncond});
+  for_tiles(op.space, threads, down, [&](const Tile& tile) {
     Buffer bc, bu, by;
     const float scale = of_sample(op.scale, tile.sample);
     const float* cond = fetch(op.space, op.cond, tile, bc);
     const float* uncond = fetch(op.space, op.uncond, tile, bu);
     const Sink y = sink(op.space, op.result, tile, by);
-    emit<1>(tile.count, {y}, [=](int64_t i) { return Values<1>{uncond[i] + scale * (cond[i] - uncond[i])}; });
+    emit<1>(tile, {y}, [=](int64_t i, auto put) { put(0, uncond[i] + scale * (cond[i] - uncond[i])); });
     store(op.space, op.result, tile, y.to);
   });
 }
@@ -255,39 +273,37 @@ struct Sources {
 // Guidance, conversion, clamp and update in one pass, to x', x0 and (N = 3) the push. Everything of an element is read
 // before anything is written: results may lie over arguments.
 template <bool GUIDED, bool HISTORY, int N>
-void combine(const Row& row, int64_t n, const Sources& from, const Sink (&to)[3]) {
+void combine(const Row& row, const Tile& tile, const Sources& from, const Sink (&to)[3]) {
   const Sources s = from;
   const Row r = row;
-  const auto element = [=](int64_t i) {
+  const auto element = [=](int64_t i, auto put) {
     const float x = s.x[i];
     float prediction = s.output[i];
     if (GUIDED) prediction = s.uncond[i] + r.w * (prediction - s.uncond[i]);
     const float x0 = clamp(r.p * x + r.q * prediction, r.clip);
     float next = r.a * x + r.b * x0;
     if (HISTORY) next = next + r.c[0] * s.history[i];
-    Values<N> values;
-    values.of[0] = next;
-    if (N > 1) values.of[1] = x0;
-    if (N > 2) values.of[2] = r.u * x + r.v * x0;
-    return values;
+    put(0, next);
+    if (N > 1) put(1, x0);
+    if (N > 2) put(2, r.u * x + r.v * x0);
   };
   Sink sinks[N];
   std::copy(to, to + N, sinks);
-  emit<N>(n, sinks, element);
+  emit<N>(tile, sinks, element);
 }
 
 template <bool GUIDED, bool HISTORY>
-void combine(int results, const Row& r, int64_t n, const Sources& from, const Sink (&to)[3]) {
-  if (results == 1) return combine<GUIDED, HISTORY, 1>(r, n, from, to);
-  if (results == 2) return combine<GUIDED, HISTORY, 2>(r, n, from, to);
-  combine<GUIDED, HISTORY, 3>(r, n, from, to);
+void combine(int results, const Row& r, const Tile& tile, const Sources& from, const Sink (&to)[3]) {
+  if (results == 1) return combine<GUIDED, HISTORY, 1>(r, tile, from, to);
+  if (results == 2) return combine<GUIDED, HISTORY, 2>(r, tile, from, to);
+  combine<GUIDED, HISTORY, 3>(r, tile, from, to);
 }
 
-inline void combine(int results, const Row& r, int64_t n, const Sources& from, const Sink (&to)[3]) {
+inline void combine(int results, const Row& r, const Tile& tile, const Sources& from, const Sink (&to)[3]) {
   if (from.uncond)
-    from.history ? combine<true, true>(results, r, n, from, to) : combine<true, false>(results, r, n, from, to);
+    from.history ? combine<true, true>(results, r, tile, from, to) : combine<true, false>(results, r, tile, from, to);
   else
-    from.history ? combine<false, true>(results, r, n, from, to) : combine<false, false>(results, r, n, from, to);
+    from.history ? combine<false, true>(results, r, tile, from, to) : combine<false, false>(results, r, tile, from, to);
 }
 
 // next += std z, std per element where the variance is learned.
@@ -329,7 +345,7 @@ void affine_tile(const AffineStep& op, const Tile& tile) {
   const Sink to[3] = {sink(space, op.next, tile, bnext, more), sink(space, op.x0, tile, bx0, anchored),
                       sink(space, op.push, tile, bpush, more)};
   float *next = to[0].to, *x0 = to[1].to;
-  combine(op.push.data ? 3 : op.x0.data || anchored ? 2 : 1, r, n, from, to);
+  combine(op.push.data ? 3 : op.x0.data || anchored ? 2 : 1, r, tile, from, to);
   for (int j = 1; j < 3 && op.history[j].data; ++j) {
     const float* h = fetch(space, op.history[j], tile, bh);
     FOR(i, n) next[i] += r.c[j] * h[i];
@@ -347,56 +363,57 @@ void affine_tile(const AffineStep& op, const Tile& tile) {
 }
 
 void affine_step(const AffineStep& op, int threads) {
-  for_tiles(op.space, threads, [&](const Tile& tile) { affine_tile(op, tile); });
+  const bool down = in_the_way(op.space, {&op.next, &op.x0, &op.push}, {&op.x, &op.output, &op.uncond, op.history});
+  for_tiles(op.space, threads, down, [&](const Tile& tile) { affine_tile(op, tile); });
 }
 
-// A tile of the loss: output - (f x0 + g z), and with a bound what it says of each element.
+// What the loss reads of a tile.
 struct LossTile {
-  Buffer difference, divergence, slope;
+  Buffer bo, bx, bz, bv;
+  const float *output, *x0, *z, *v = nullptr;
+  float f, g;
+  Bound k = {};
 
-  LossTile(const DiffusionLoss& op, const Tile& tile) {
-    const int64_t n = tile.count;
-    const float f = of_sample(op.f, tile.sample), g = of_sample(op.g, tile.sample);
-    Buffer bo, bx, bz;
-    const float* output = fetch(op.space, op.output, tile, bo);
-    const float* x0 = fetch(op.space, op.x0, tile, bx);
-    const float* z = noise_of(op.space, op.noise, tile, bz);
-    FOR(i, n) difference.v[i] = output[i] - (f * x0[i] + g * z[i]);
+  LossTile(const DiffusionLoss& op, const Tile& tile)
+      : output(fetch(op.space, op.output, tile, bo)),
+        x0(fetch(op.space, op.x0, tile, bx)),
+        z(noise_of(op.space, op.noise, tile, bz)),
+        f(of_sample(op.f, tile.sample)),
+        g(of_sample(op.g, tile.sample)) {
     if (!op.bound) return;
-    const Bound k = op.bound[tile.sample];
-    Buffer bv;
-    const float* v = fetch(op.space, op.fraction, tile, bv);
-    FOR(i, n) {
-      const float miss = x0[i] - (k.p * (k.alpha * x0[i] + k.sigma * z[i]) + k.q * output[i]);
-      const Divergence d = fastdiff::divergence(v[i], k.lo, k.hi, k.b, miss);
-      divergence.v[i] = d.value, slope.v[i] = d.slope;
-    }
+    v = fetch(op.space, op.fraction, tile, bv);
+    k = op.bound[tile.sample];
+  }
+
+  float difference(int64_t i) const { return output[i] - (f * x0[i] + g * z[i]); }
+
+  Divergence divergence(int64_t i) const {
+    const float miss = x0[i] - (k.p * (k.alpha * x0[i] + k.sigma * z[i]) + k.q * output[i]);
+    return fastdiff::divergence(v[i], k.lo, k.hi, k.b, miss);
   }
 };
 
 // Sixteen sums side by side, whatever the width of the machine, then one: the same bits at every level.
 template <typename F>
 inline double sum(int64_t n, F value) {
-  constexpr int LANES = 16;
-  float sums[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int j = 0; j < LANES; ++j) sums[j] += value(i + j);
+  constexpr int64_t LANES = 16;
+  alignas(64) float sums[LANES] = {};
+  const int64_t whole = n / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES) FOR(j, LANES) sums[j] += value(i + j);
   double total = 0;
-  for (int j = 0; j < LANES; ++j) total += double(sums[j]);
-  for (; i < n; ++i) total += double(value(i));
+  for (int64_t j = 0; j < LANES; ++j) total += double(sums[j]);
+  for (int64_t i = whole; i < n; ++i) total += double(value(i));
   return total;
 }
 
 void diffusion_loss(const DiffusionLoss& op, int threads) {
   const int64_t tiles = (op.space.elements + TILE - 1) / TILE;
   std::vector<double> partial(size_t(op.space.samples * tiles));
-  for_tiles(op.space, threads, [&](const Tile& tile) {
+  for_tiles(op.space, threads, false, [&](const Tile& tile) {
     const LossTile t(op, tile);
-    double loss = of_sample(op.weight, tile.sample) *
-                  sum(tile.count, [&](int64_t i) { return t.difference.v[i] * t.difference.v[i]; });
-    if (op.bound)
-      loss += op.bound[tile.sample].weight * sum(tile.count, [&](int64_t i) { return t.divergence.v[i]; });
+    const auto square = [&](int64_t i) { return t.difference(i) * t.difference(i); };
+    double loss = of_sample(op.weight, tile.sample) * sum(tile.count, square);
+    if (op.bound) loss += t.k.weight * sum(tile.count, [&](int64_t i) { return t.divergence(i).value; });
     partial[size_t(tile.sample * tiles + tile.begin / TILE)] = loss;
   });
   for (int64_t sample = 0; sample < op.space.samples; ++sample) {
@@ -407,17 +424,16 @@ void diffusion_loss(const DiffusionLoss& op, int threads) {
 }
 
 void diffusion_loss_backward(const DiffusionLoss& op, int threads) {
-  for_tiles(op.space, threads, [&](const Tile& tile) {
+  for_tiles(op.space, threads, false, [&](const Tile& tile) {
     const LossTile t(op, tile);
-    const float each = of_sample(op.grad, tile.sample) / float(op.space.elements);
-    const float scale = 2.0f * of_sample(op.weight, tile.sample) * each;
     Buffer buffer;
+    const float each = of_sample(op.grad, tile.sample) / float(op.space.elements);
+    const float scale = 2.0f * of_sample(op.weight, tile.sample) * each, bound = t.k.weight * each;
     const Sink gradient = sink(op.space, op.gradient, tile, buffer);
-    emit<1>(tile.count, {gradient}, [&](int64_t i) { return Values<1>{scale * t.difference.v[i]}; });
+    emit<1>(tile, {gradient}, [&](int64_t i, auto put) { put(0, scale * t.difference(i)); });
     store(op.space, op.gradient, tile, gradient.to);
     if (!op.bound) return;
-    const float bound = op.bound[tile.sample].weight * each;
-    FOR(i, tile.count) buffer.v[i] = bound * t.slope.v[i];
+    FOR(i, tile.count) buffer.v[i] = bound * t.divergence(i).slope;
     store(op.space, op.fraction_gradient, tile, buffer.v);
   });
 }
