@@ -45,6 +45,11 @@ class BuildNative(build_ext):
                 report.write_text("; ".join(problems) + "\n")
         return None
 
+    def run(self):
+        super().run()
+        if not self.inplace:  # Python started in a clone finds the clone's package: the extension belongs there too
+            self.copy_extensions_to_source()
+
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
         Path(REPORT).unlink(missing_ok=True)

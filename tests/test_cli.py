@@ -194,7 +194,7 @@ BAD_TRAINING = {
     "decay": ("--decay", "step", "unknown decay 'step'"),
     "seed": ("--seed", "99999999999999999999", "seed"),
     "backend": ("--backend", "cudnn", "unknown backend 'cudnn'"),
-    "backend that is not here": ("--backend", "native", "backend 'native' is not available"),
+    "backend that cannot serve": ("--backend", "triton", "triton runs on cuda"),
     "device": ("--device", "warp", "--device warp"),
     "image size": ("--image-size", "0", "image_size"),
     "option": ("--epochs", "3", "--epochs"),

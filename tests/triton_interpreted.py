@@ -176,7 +176,7 @@ def test_diffusion_loss_backward(shape, wide, layout):
     output, *arguments = loss_arguments(shape, wide, F32, layout)
     grad = randn((1,), 5).expand(shape[0])
     for source in (randn(shape, 6), Address(3, 1, None, 2)):
-        ours, theirs = torch.zeros_like(output), torch.zeros_like(output)
+        ours, theirs = torch.zeros(output.shape), torch.zeros(output.shape)
         backend.diffusion_loss_backward(grad, output, *arguments, source, ours)
         native.diffusion_loss_backward(grad, output, *arguments, source, theirs)
         assert_same(ours, theirs)
