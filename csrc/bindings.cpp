@@ -402,7 +402,7 @@ void add_loss(DiffusionLoss& op, Plan& plan, const Tensor& lead, py::handle outp
   plan.add_noise(op.noise, noise);
   op.f = plan.scalar(f, "f"), op.g = plan.scalar(g, "g"), op.weight = plan.scalar(weight, "weight");
   if (absent(bound)) return;
-  if (!wide) refuse("a bound needs an output of twice the channels");
+  if (!wide && plan.elements()) refuse("a bound needs an output of twice the channels");
   plan.add(op.fraction, output, "output", 1, wide);
   op.bound = reinterpret_cast<const Bound*>(
       plan.matrix(tensor_of(bound, "bound"), plan.samples(), BOUND_LETTERS, "bound"));
@@ -432,7 +432,7 @@ void diffusion_loss_backward_(py::handle grad, py::handle output, py::handle x0,
   add_loss(op, plan, lead, output, x0, f, g, weight, bound, noise);
   const bool wide = is_wide(gradient, lead);
   plan.add_result(op.gradient, gradient, "gradient", {}, 0, wide);
-  if (op.bound && !wide) refuse("gradient has the wrong shape");
+  if (op.bound && !wide && plan.elements()) refuse("gradient has the wrong shape");
   if (op.bound) plan.add_result(op.fraction_gradient, gradient, "gradient", {}, 1, wide);
   op.grad = plan.scalar(grad, "grad");
   op.space = plan.space(false);

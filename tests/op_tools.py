@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 import fastdiff as fd
+from fastdiff.ops.forward import BOUND
 from fastdiff.ops.row import LETTERS, make_table
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -365,9 +366,11 @@ def call_of(op, shape, seed=0, network=F32):
         return Call(partial(fd.ops.add_noise, **place), vectors("x0" + noise, shape, seed) | more, bitwise)
     if name == "diffusion_loss":
         tensors = vectors("output", wide, seed + 1, network) | vectors("x0" + noise, shape, seed)
-        run = loss_gradient if source == "backward" else fd.ops.diffusion_loss
+        backward = source.endswith("backward")
+        run = loss_gradient if backward else fd.ops.diffusion_loss
         tensors |= vectors("f g weight", (n,), seed + 2)
-        return Call(partial(run, **place), tensors, source == "backward", source != "backward", writes=False)
+        place |= {"bound": bounds(n, seed + 5)} if source.startswith("hybrid") else {}
+        return Call(partial(run, **place), tensors, source == "backward", not backward, writes=False)
     more = {"input_dtype": BF16, **place}
     network_outputs = vectors("output uncond", wide if source == "learned" else shape, seed + 1, network)
     tensors = vectors("x" + noise, shape, seed) | network_outputs
@@ -380,6 +383,14 @@ def call_of(op, shape, seed=0, network=F32):
     more |= levels | {"clip": 1.5, "guidance_scale": 2.5}
     more |= {"eta": 0.5} if name == "ddim_step" else {"variance": "learned_range" if source else "fixed_small"}
     return Call(partial(getattr(fd.ops, name), **more), tensors, bitwise)
+
+
+def bounds(count, seed):
+    """What the hybrid objective is told of each timestep: letters of a size as they have."""
+    letters = randn((count, len(BOUND)), seed, F64)
+    letters[:, BOUND.index("lo")] -= 3
+    letters[:, BOUND.index("hi")] = letters[:, BOUND.index("lo")] + letters[:, BOUND.index("hi")].abs()
+    return letters.float()
 
 
 def with_history(h1, h2, h3, more, **tensors):
@@ -395,6 +406,7 @@ CALLS = (
     *("add_noise", "add_noise drawn", "guide", "affine_step", "affine_step drawn", "affine_step learned"),
     *("ddim_step", "ddim_step drawn", "posterior_step", "posterior_step learned"),
     *("diffusion_loss", "diffusion_loss drawn", "diffusion_loss backward"),
+    *("diffusion_loss hybrid", "diffusion_loss hybrid backward"),
 )
 
 

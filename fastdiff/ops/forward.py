@@ -131,7 +131,7 @@ def _check_bound(bound: Tensor | None, output: Tensor, x0: Tensor) -> Tensor | N
     check_floating("bound", bound)
     if bound.shape != (len(x0), len(BOUND)) or bound.device != x0.device:
         raise InputError(f"bound must be {[len(x0), len(BOUND)]} on {x0.device}, got {list(bound.shape)}")
-    if output.shape == x0.shape:
+    if output.shape[1] != 2 * x0.shape[1]:
         raise InputError(f"output must have {2 * x0.shape[1]} channels with a bound, got {output.shape[1]}")
     return bound.to(library.wide(x0)).contiguous()
 
