@@ -50,15 +50,20 @@ FD_HD float exponential(float x) {
   return e * bits_as<float>((half + 127) << 23) * bits_as<float>((whole - half + 127) << 23);
 }
 
-// exp(d) - 1 - d without cancellation near 0.
-FD_HD float exponential_rest(float d) {
+// exp(d) - 1, and exp(d) - 1 - d, without cancellation near 0.
+struct Growth {
+  float all, rest;
+};
+
+FD_HD Growth growth(float d) {
   float p = fma(0x1.a01a02p-13f, d, 0x1.6c16c2p-10f);
   p = fma(p, d, 0x1.111112p-7f);
   p = fma(p, d, 0x1.555556p-5f);
   p = fma(p, d, 0x1.555556p-3f);
   p = fma(p, d, 0.5f);
-  const float near = d * d * p, far = exponential(d) - 1.0f - d;
-  return d > -0.25f && d < 0.25f ? near : far;
+  const float rest = d * d * p, all = exponential(d) - 1.0f;
+  const bool near = d > -0.25f && d < 0.25f;
+  return {near ? d + rest : all, near ? rest : all - d};
 }
 
 // The divergence of a step whose variance is learned, and its slope in the fraction's channel v, where the log of
@@ -70,8 +75,8 @@ struct Divergence {
 FD_HD Divergence divergence(float v, float lo, float hi, float b, float miss) {
   const float f = (1.0f + v) / 2.0f, log_variance = f * hi + (1.0f - f) * lo;
   const float d = lo - log_variance, mean = b * miss, excess = mean * mean * exponential(-log_variance);
-  const float rest = exponential_rest(d);
-  return {(rest + excess) / 2.0f, (-rest - d - excess) / 2.0f * ((hi - lo) / 2.0f)};
+  const Growth e = growth(d);
+  return {(e.rest + excess) / 2.0f, (-e.all - excess) / 2.0f * ((hi - lo) / 2.0f)};
 }
 
 }  // namespace fastdiff

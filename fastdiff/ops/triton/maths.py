@@ -114,14 +114,15 @@ def exponential(x):
 
 
 @triton.jit
-def exponential_rest(d):
-    """exp(d) - 1 - d without cancellation near 0."""
+def growth(d):
+    """exp(d) - 1, and exp(d) - 1 - d, without cancellation near 0."""
     p = tl.fma(d, 0.00019841270113829523, 0.0013888889225199819)
     p = tl.fma(p, d, 0.008333333767950535)
     p = tl.fma(p, d, 0.0416666679084301)
     p = tl.fma(p, d, 0.1666666716337204)
     p = tl.fma(p, d, 0.5)
-    return tl.where((d > -0.25) & (d < 0.25), d * d * p, exponential(d) - 1.0 - d)
+    near, rest, whole = (d > -0.25) & (d < 0.25), d * d * p, exponential(d) - 1.0
+    return tl.where(near, d + rest, whole), tl.where(near, rest, whole - d)
 
 
 @triton.jit
@@ -138,8 +139,8 @@ def divergence(v, lo, hi, b, miss):
     d = lo - log_variance
     mean = b * miss
     excess = mean * mean * exponential(-log_variance)
-    rest = exponential_rest(d)
-    return (rest + excess) * 0.5, (-rest - d - excess) * 0.5 * ((hi - lo) * 0.5)
+    whole, rest = growth(d)
+    return (rest + excess) * 0.5, (-whole - excess) * 0.5 * ((hi - lo) * 0.5)
 
 
 @triton.jit
