@@ -76,8 +76,8 @@ def load(name: str) -> tuple[ModuleType | None, str]:
     """The module of a backend, or None with the reason why there is none."""
     try:
         return importlib.import_module(f"fastdiff.ops.{name}"), ""
-    except ImportError as error:
-        return None, str(error)
+    except Exception as error:  # an extension of another version, say: the other backends stand
+        return None, str(error) or type(error).__name__
 
 
 @cache

@@ -281,3 +281,49 @@ def test_a_compiled_step_under_autograd_is_differentiable(op):
     (slope,) = torch.autograd.grad(run(x), x)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], slope)
+
+
+# ---- whoever follows PyTorch's operations ---------------------------------------------------
+
+TABLE = random_table(3, 1, F32)
+WATCHED = {
+    "guide": lambda x: fd.ops.guide(x, 2 * x, 3.0),
+    "add_noise": lambda x: fd.ops.add_noise(x, 0.5, 0.25, 3 * x),
+    "affine_step": lambda x: fd.ops.affine_step(x, 2 * x, TABLE, 1).x,
+    "ddim_step": lambda x: fd.ops.ddim_step(x, 2 * x, 0.6, 0.8, 0.8, 0.6).x,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, of what it uses itself
+@pytest.mark.parametrize("op", WATCHED)
+def test_forward_gradients_and_vmap_pass_through(op):
+    x, tangent = randn((4, 3, 5), 0), randn((4, 3, 5), 1)
+    value, slope = torch.func.jvp(WATCHED[op], (x,), (tangent,))
+    step = 2.0**-8
+    assert torch.equal(value, WATCHED[op](x))
+    change = (WATCHED[op](x + step * tangent) - WATCHED[op](x - step * tangent)) / (2 * step)
+    within = (change - slope).abs() <= 1e-2 * slope.abs().max()  # a clamp may bend in between
+    assert within.float().mean() >= 0.8
+    assert torch.equal(torch.func.vmap(WATCHED[op])(x[:, None]), WATCHED[op](x)[:, None])
+
+
+@pytest.mark.parametrize("op", WATCHED)
+def test_a_trace_holds_the_operation(op):
+    x, y = randn((2, 3, 5), 0), randn((2, 3, 5), 1)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(WATCHED[op])(x)
+    torch.testing.assert_close(traced(y), WATCHED[op](y))
+
+
+def test_levels_met_in_inference_mode_serve_training_later():
+    x = randn((2, 3), 0)
+    with torch.inference_mode():
+        fd.ops.ddim_step(x, x, 0.28, 0.96, 0.6, 0.8)
+    leaf = x.clone().requires_grad_()
+    fd.ops.ddim_step(leaf, x, 0.28, 0.96, 0.6, 0.8).x.sum().backward()
+    assert leaf.grad is not None
+
+
+def test_results_that_are_views_to_be_negated_are_refused():
+    x = randn((2, 3), 0)
+    with fd.backend("native"), pytest.raises(fd.InputError, match="negated"):
+        fd.ops.guide(x, x, 2.0, out=torch._neg_view(torch.zeros(2, 3)))

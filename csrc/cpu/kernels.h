@@ -3,7 +3,7 @@
 
 #include "../operand.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define FASTDIFF_LEVELS  // this compiler and processor have more levels than the baseline
 #endif
 

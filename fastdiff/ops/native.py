@@ -21,7 +21,7 @@ def _report(otherwise: object) -> str:
 
 try:
     import fastdiff._C as _C
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise ImportError(f"the compiled extension is missing: {_report(error)}") from None
 
 
@@ -40,24 +40,32 @@ def describe() -> str:
     return f"C++ for {_C.level()} (has {', '.join(_C.levels())}), {cuda}"
 
 
-def _body(run: Callable[..., None]) -> Callable[..., None]:
+def _body(run: Callable[..., None], given: int = -1) -> Callable[..., None]:
+    """A body over a function of the extension, whose arguments up to ``given`` are read and the rest written."""
+
     def body(*arguments: Any) -> None:
         if arguments[0].is_cuda:
-            arguments = tuple(_mend(argument, is_dense, Tensor.contiguous) for argument in arguments)
+            arguments = _mended(arguments, given, is_dense, Tensor.contiguous)
         try:
             run(*arguments, torch.get_num_threads())
         except ValueError as error:
-            plain = tuple(_mend(argument, lambda x: not x.is_neg(), Tensor.resolve_neg) for argument in arguments)
+            plain = _mended(arguments, given, lambda x: not x.is_neg(), Tensor.resolve_neg)
             if all(a is b for a, b in zip(plain, arguments, strict=True)):
                 raise InputError(str(error)) from None
-            body(*plain)
+            run(*plain, torch.get_num_threads())
 
     body.checks_arguments = True  # type: ignore[attr-defined]
     return body
 
 
+def _mended(
+    arguments: tuple[Any, ...], given: int, fits: Callable[[Tensor], bool], mend: Callable[[Tensor], Tensor]
+) -> tuple[Any, ...]:
+    return (*(_mend(argument, fits, mend) for argument in arguments[:given]), *arguments[given:])
+
+
 def _mend(argument: Any, fits: Callable[[Tensor], bool], mend: Callable[[Tensor], Tensor]) -> Any:
-    """An argument, or a tuple of vectors, that fits the kernels: a copy where it does not (results always do)."""
+    """An argument, or a tuple of vectors, that fits the kernels: a copy where it does not."""
     if isinstance(argument, Tensor):
         return argument if fits(argument) else mend(argument)
     if type(argument) is tuple:  # of vectors; an address is a tuple of another type
@@ -66,7 +74,7 @@ def _mend(argument: Any, fits: Callable[[Tensor], bool], mend: Callable[[Tensor]
     return argument
 
 
-normal = _body(_C.normal)
+normal = _body(_C.normal, given=0)
 add_noise = _body(_C.add_noise)
 guide = _body(_C.guide)
 affine_step = _body(_C.affine_step)

@@ -29,7 +29,7 @@ from fastdiff.ops.checks import (
     check_scale,
     check_state,
 )
-from fastdiff.ops.layout import channels_last, empty_like
+from fastdiff.ops.layout import empty_like, format_of
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 COLUMNS = len(rows.LETTERS)
@@ -125,7 +125,7 @@ def affine_step(
             with neither, nothing is added. ``step`` is the row unless it is given.
         keep_x0: whether to return the estimate of x0.
         input_dtype: also return ``c_in x'`` of the row after this one (of this one after the last) in this dtype,
-            channels-last, which is what the network is given next.
+            which is what the network is given next; for another memory format than x's pass it as ``out.input``.
         out: where to write: dense tensors like those a call without it returns. Parts that are None are not
             written. ``out.x`` may be ``x``, ``out.history[0]`` any of ``history``, ``out.anchor`` the ``anchor``;
             otherwise nothing may share memory. Only ``out.history[0]`` is written: the older vectors are passed on.
@@ -164,8 +164,9 @@ def affine_step(
 
 def _runner(op: str, x: Tensor, grad: bool) -> Callable[..., None]:
     """What runs a step: a body that autograd can follow where it must; the registered op where it is compiled."""
-    if torch.compiler.is_compiling():
-        run: Callable[..., None] = getattr(reference if grad else library, op)
+    compiling = torch.compiler.is_compiling()
+    if compiling or library.watched():
+        run: Callable[..., None] = getattr(library if compiling and not grad else reference, op)
         return run
     return body(op, x.device, library.wide(x), differentiable=grad)
 
@@ -219,7 +220,7 @@ def ddim_step(
     if eta and not _has_noise(options):
         raise InputError("eta > 0 adds noise: give noise or seed")
     levels = _levels(x, alpha, sigma, alpha_next, sigma_next)
-    more = {"prediction": prediction, "eta": eta, "clip": clip, "scale": guidance_scale}
+    more = {"prediction": prediction, "eta": float(eta), "clip": check_clip(clip), "scale": float(guidance_scale)}
     return _one_step(x, output, _table(_ddim_letters, x, levels, **more), options)
 
 
@@ -251,7 +252,7 @@ def posterior_step(
     if variance == "learned_range" and output.shape[1] != 2 * x.shape[1]:
         raise InputError(f"output must have {2 * x.shape[1]} channels with learned_range, got {output.shape[1]}")
     levels = _levels(x, alpha, sigma, alpha_next, sigma_next)
-    more = {"prediction": prediction, "variance": variance, "clip": clip, "scale": guidance_scale}
+    more = {"prediction": prediction, "variance": variance, "clip": check_clip(clip), "scale": float(guidance_scale)}
     return _one_step(x, output, _table(posterior_letters, x, levels, **more), options)
 
 
@@ -301,9 +302,10 @@ def _levels(x: Tensor, *levels: Tensor | float) -> tuple[float, ...] | Levels:
 
 def _table(letters: Any, x: Tensor, levels: tuple[float, ...] | Levels, **options: Any) -> Tensor:
     """The rows of a step, remembered where the levels are numbers: a loop over a schedule builds them once."""
-    if isinstance(levels[0], Tensor) or torch.compiler.is_compiling():
+    if isinstance(levels[0], Tensor) or torch.compiler.is_compiling() or library.watched():
         return _make_table(letters, x.device, x.dtype, levels, **options)
-    return _remembered_table(letters, x.device, x.dtype, levels, **options)
+    with torch.inference_mode(False):  # a table is used again outside of it
+        return _remembered_table(letters, x.device, x.dtype, levels, **options)
 
 
 def _make_table(
@@ -354,7 +356,7 @@ def _check_vectors(
     if uncond is not None:
         check_same("uncond", uncond, output)
     if not isinstance(history, tuple) or len(history) > 3:
-        raise InputError(f"history must be a tuple of at most three vectors, got {history!r}")
+        raise InputError(f"history must be a tuple of at most three vectors, got {type(history).__name__}")
     for i, vector in enumerate(history):
         check_same(f"h{i + 1}", vector, x)
     for name, value in (("anchor", anchor), ("noise", noise)):
@@ -375,7 +377,7 @@ def _results(
 
 
 def _input(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=channels_last(x.ndim))
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=format_of(x))
 
 
 def _check_out(
