@@ -22,6 +22,7 @@ constexpr int64_t BEYOND_CACHE = 32 << 20;  // bytes of a call that no cache kee
 
 const ExchangeApi* api = nullptr;
 PyTypeObject* tensor_type = nullptr;
+PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
 const Kernels* kernels = &baseline;
 
 [[noreturn]] void refuse(const std::string& message) { throw py::value_error(message); }
@@ -68,7 +69,10 @@ class Plan {
 
   // A tensor of the lead's shape; or with `wide`, of so many times its channels, of which this is part `part`.
   void add(Operand& operand, py::handle object, const char* name, int part = 0, bool wide = false) {
-    const Tensor tensor = tensor_of(object, name);
+    add(operand, object, tensor_of(object, name), name, part, wide);
+  }
+
+  void add(Operand& operand, py::handle object, const Tensor& tensor, const char* name, int part, bool wide) {
     bool fits = tensor.ndim == dims_ + 1 && tensor.shape[0] == samples_;
     for (int d = 0; d < dims_ && fits; ++d) fits = tensor.shape[d + 1] == shape_[d] * (wide && d == 0 ? 2 : 1);
     if (!fits) refuse(std::string(name) + " has the wrong shape");
@@ -77,36 +81,37 @@ class Plan {
     operand.sample = tensor.strides[0];
     int64_t offset = 0;
     if (part) offset = shape_[0] * tensor.strides[1];
-    if (object.attr("is_neg")().ptr() == Py_True) refuse(std::string(name) + " is a view that is yet to be negated");
+    if (is_negated(object)) refuse(std::string(name) + " is a view that is yet to be negated");
     operand.data = tensor.data() + offset * size_of(operand.type);
     for (int d = 0; d < dims_; ++d) operand.stride[d] = tensor.strides[order_[d] + 1];
     remember(operand);
+    take(tensor, &operand);
   }
 
   void add_optional(Operand& operand, py::handle object, const char* name, int part = 0, bool wide = false) {
     if (!absent(object)) add(operand, object, name, part, wide);
   }
 
-  // A tensor that is written, or None: dense, and apart from all others, unless it is exactly one that it may lie over.
+  // A tensor that is written, or None: dense, and apart from all that was added before it, unless it is exactly one of
+  // those that it may lie over.
   void add_result(Operand& operand, py::handle object, const char* name,
-                  std::initializer_list<const Operand*> may_lie_over = {}, int part = 0, bool wide = false) {
+                  std::initializer_list<const Operand*> may_lie_over = {}, bool wide = false) {
     if (absent(object)) return;
-    const int before = count_;
-    add(operand, object, name, part, wide);
-    if (!is_dense(tensor_of(object, name))) refuse(std::string(name) + " must be contiguous or channels-last");
-    const auto [low, high] = extent(operand);
-    for (int i = 0; i < before; ++i) {
-      const auto [start, end] = extent(*operands_[i]);
-      if (low >= end || start >= high || (wide && operands_[i]->sample == operand.sample)) continue;
-      const bool allowed = std::find(may_lie_over.begin(), may_lie_over.end(), operands_[i]) != may_lie_over.end();
-      if (!allowed || !same_place(operand, *operands_[i]))
+    const Tensor tensor = tensor_of(object, name);
+    if (!is_dense(tensor)) refuse(std::string(name) + " must be contiguous or channels-last");
+    const int before = taken_count_;
+    add(operand, object, tensor, name, 0, wide);
+    const auto lies_over = [&](const Operand* other) { return other && other->data && same_place(operand, *other); };
+    const bool allowed = std::any_of(may_lie_over.begin(), may_lie_over.end(), lies_over);
+    const Piece& piece = taken_[before];
+    for (const Piece* other = taken_; other != &piece; ++other)
+      if (piece.low < other->high && other->low < piece.high && !(allowed && lies_over(other->operand)))
         refuse(std::string(name) + " shares memory with another argument");
-    }
   }
 
   void add_noise(Noise& noise, py::handle object);
 
-  Scalar scalar(py::handle object, const char* name) const {
+  Scalar scalar(py::handle object, const char* name) {
     Scalar scalar;
     if (!PyObject_TypeCheck(object.ptr(), tensor_type)) {
       scalar.value = object.cast<float>();
@@ -119,10 +124,11 @@ class Plan {
     scalar.wide = type == Type::f64;
     scalar.stride = per_sample(tensor, name);
     scalar.each = tensor.data();
+    take(tensor);
     return scalar;
   }
 
-  Index index(py::handle object, const char* name) const {
+  Index index(py::handle object, const char* name) {
     Index index;
     if (!PyObject_TypeCheck(object.ptr(), tensor_type)) {
       index.value = object.cast<int64_t>();
@@ -133,16 +139,18 @@ class Plan {
     if (tensor.dtype.code != CODE_INT || tensor.dtype.bits != 64) refuse(std::string(name) + " must be int64");
     index.stride = per_sample(tensor, name);
     index.each = reinterpret_cast<const int64_t*>(tensor.data());
+    take(tensor);
     return index;
   }
 
   // A contiguous float32 table.
-  const float* matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) const {
+  const float* matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
     check_device(tensor, name);
     if (tensor.ndim != 2 || tensor.shape[0] != rows || tensor.shape[1] != columns ||
         type_of(tensor, name) != Type::f32 || tensor.strides[1] != 1 || (rows > 1 && tensor.strides[0] != columns))
       refuse(std::string(name) + " must be contiguous float32 [" + std::to_string(rows) + ", " +
              std::to_string(columns) + "]");
+    take(tensor);
     return reinterpret_cast<const float*>(tensor.data());
   }
 
@@ -181,7 +189,7 @@ class Plan {
 
  private:
   int64_t per_sample(const Tensor& tensor, const char* name) const {
-    if (tensor.ndim == 0 || (tensor.ndim == 1 && tensor.shape[0] == 1 && samples_ > 1)) return 0;
+    if (tensor.ndim == 0) return 0;
     if (tensor.ndim != 1 || tensor.shape[0] != samples_) refuse(std::string(name) + " must hold one value per sample");
     return tensor.strides[0];
   }
@@ -216,12 +224,10 @@ class Plan {
     return first || last || row_major == 0;
   }
 
-  // The bytes from the first to behind the last element.
-  std::pair<const char*, const char*> extent(const Operand& operand) const {
-    if (!operand.data || samples_ * elements() == 0) return {operand.data, operand.data};
-    int64_t last = (samples_ - 1) * operand.sample;
-    for (int d = 0; d < dims_; ++d) last += (shape_[order_[d]] - 1) * operand.stride[d];
-    return {operand.data, operand.data + (last + 1) * size_of(operand.type)};
+  static bool is_negated(py::handle object) {
+    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, object.ptr()));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
   }
 
   bool same_place(const Operand& a, const Operand& b) const {
@@ -231,6 +237,19 @@ class Plan {
   }
 
   void remember(Operand& operand) { operands_[count_++] = &operand; }
+
+  void take(const Tensor& tensor, const Operand* operand = nullptr) {
+    int64_t elements = 1, last = 0;
+    for (int d = 0; d < tensor.ndim; ++d) elements *= tensor.shape[d], last += (tensor.shape[d] - 1) * tensor.strides[d];
+    const int64_t size = tensor.dtype.bits / 8;
+    taken_[taken_count_++] = {tensor.data(), tensor.data() + (elements ? (last + 1) * size : 0), operand};
+  }
+
+  // The bytes from the first to behind the last element of an argument.
+  struct Piece {
+    const char *low, *high;
+    const Operand* operand;
+  };
 
   void mark_flat() {
     for (int i = 0; i < count_; ++i) {
@@ -269,6 +288,8 @@ class Plan {
   int order_[MAX_DIMS];
   Operand* operands_[16];
   int count_ = 0;
+  Piece taken_[24];
+  int taken_count_ = 0;
 };
 
 // A tensor, or the address (seed, step, sample, stream).
@@ -333,8 +354,8 @@ void add_noise_(py::handle x0, py::handle alpha, py::handle sigma, py::handle no
   Plan plan(tensor_of(result, "result"), is_address(noise));
   plan.add(op.x0, x0, "x0");
   plan.add_noise(op.noise, noise);
-  plan.add_result(op.result, result, "out", {&op.x0, &op.noise.given});
   op.alpha = plan.scalar(alpha, "alpha"), op.sigma = plan.scalar(sigma, "sigma");
+  plan.add_result(op.result, result, "out", {&op.x0, &op.noise.given});
   op.space = plan.space(!op.noise.drawn && !op.alpha.each && !op.sigma.each);
   run(op, plan.device(), threads, kernels->add_noise, ON_CUDA(add_noise));
 }
@@ -344,8 +365,8 @@ void guide_(py::handle cond, py::handle uncond, py::handle scale, py::handle res
   Plan plan(tensor_of(result, "result"));
   plan.add(op.cond, cond, "cond");
   plan.add(op.uncond, uncond, "uncond");
-  plan.add_result(op.result, result, "out", {&op.cond, &op.uncond});
   op.scale = plan.scalar(scale, "scale");
+  plan.add_result(op.result, result, "out", {&op.cond, &op.uncond});
   op.space = plan.space(!op.scale.each);
   run(op, plan.device(), threads, kernels->guide, ON_CUDA(guide));
 }
@@ -370,6 +391,11 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
   for (size_t i = 0; i < history.size(); ++i) plan.add(op.history[i], history[i], "history");
   plan.add_optional(op.anchor, anchor, "anchor");
   if (!absent(noise)) plan.add_noise(op.noise, noise);
+  const Tensor rows = tensor_of(table, "table");
+  op.rows = rows.ndim ? rows.shape[0] : 0;
+  if (op.rows < 1) refuse("table must have at least one row");
+  op.table = plan.matrix(rows, op.rows, LETTERS, "table");
+  op.row = plan.index(row, "row");
   if (results.size() != 5) refuse("results are (x, x0, pushed, anchor, input)");
   const Operand* h = op.history;
   plan.add_result(op.next, results[0], "out.x", {&op.x});
@@ -381,11 +407,6 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
     refuse("out must hold x, and history and anchor where the step is given them");
   for (const Operand* state : {&op.x, &op.next, &op.x0, &op.push, &op.next_anchor})
     if (state->data && state->type != Type::f32) refuse("the state must be float32");
-  const Tensor rows = tensor_of(table, "table");
-  op.rows = rows.ndim ? rows.shape[0] : 0;
-  if (op.rows < 1) refuse("table must have at least one row");
-  op.table = plan.matrix(rows, op.rows, LETTERS, "table");
-  op.row = plan.index(row, "row");
   const int64_t indices = !op.row.each ? 1 : plan.device().type == CPU ? plan.samples() : 0;
   for (int64_t i = 0; i < indices; ++i)
     if (of_sample(op.row, i) < 0 || of_sample(op.row, i) >= op.rows) refuse("row is outside the table");
@@ -431,9 +452,9 @@ void diffusion_loss_backward_(py::handle grad, py::handle output, py::handle x0,
   Plan plan(lead, is_address(noise));
   add_loss(op, plan, lead, output, x0, f, g, weight, bound, noise);
   const bool wide = is_wide(gradient, lead);
-  plan.add_result(op.gradient, gradient, "gradient", {}, 0, wide);
+  plan.add_result(op.gradient, gradient, "gradient", {}, wide);
   if (op.bound && !wide && plan.elements()) refuse("gradient has the wrong shape");
-  if (op.bound) plan.add_result(op.fraction_gradient, gradient, "gradient", {}, 1, wide);
+  if (op.bound) plan.add(op.fraction_gradient, gradient, "gradient", 1, wide);
   op.grad = plan.scalar(grad, "grad");
   op.space = plan.space(false);
   run(op, plan.device(), threads, kernels->diffusion_loss_backward, ON_CUDA(diffusion_loss_backward));
@@ -482,6 +503,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastdiff;
   const py::object type = py::module_::import("torch").attr("Tensor");
   tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+  is_neg = py::object(type.attr("is_neg")).release().ptr();
   if (!py::hasattr(type, "__dlpack_c_exchange_api__"))
     throw py::import_error("this torch has no DLPack exchange interface (__dlpack_c_exchange_api__)");
   const py::object capsule = type.attr("__dlpack_c_exchange_api__");

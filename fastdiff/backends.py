@@ -2,7 +2,8 @@
 
 A backend is the module ``fastdiff.ops.<name>`` with a function for each op it can run; its optional function
 ``refuses(op, device, dtype)`` gives the reason why it cannot run one there. ``auto`` takes the first of ``BACKENDS``
-that serves; an explicit choice that cannot be served raises with the reason.
+that serves, and the next where that one raises ``Refused``; an explicit choice that cannot be served raises with the
+reason.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.errors import InputError, choose
+from fastdiff.errors import InputError, Refused, choose
 
 BACKENDS = ("native", "triton", "reference")
 STEPS = ("posterior_step", "ddim_step", "affine_step")  # one body runs them
@@ -56,6 +57,11 @@ def body(op: str, device: torch.device, dtype: torch.dtype, *, differentiable: b
     return _body(_choice.get(), op, device.type, dtype, differentiable)
 
 
+def checked_body(op: str, device: str) -> Body | None:
+    """The function that runs ``op`` in float32, if it checks its arguments itself."""
+    return _checked_body(_choice.get(), op, device)
+
+
 def explain(device: torch.device | str = "cpu") -> str:
     """Say which backend would run each op (float32) on ``device`` under the current choice, and why not another."""
     kind, choice = torch.device(device).type, _choice.get()
@@ -82,12 +88,34 @@ def load(name: str) -> tuple[ModuleType | None, str]:
 
 @cache
 def _body(choice: str, op: str, device: str, dtype: torch.dtype, differentiable: bool) -> Body:
-    reasons = {}
-    for name in BACKENDS if choice == "auto" else (choice,):
-        function, reasons[name] = _serve(name, op, device, dtype, differentiable)
-        if function is not None:
-            return function
-    raise InputError(f"{op} on {device}: " + "; ".join(f"{name} {reason}" for name, reason in reasons.items()))
+    *others, last = _serving(choice, op, device, dtype, differentiable)
+
+    def run(*arguments: Any) -> Any:
+        for function in others:
+            try:
+                return function(*arguments)
+            except Refused:
+                continue
+        return last(*arguments)
+
+    return run if others else last
+
+
+@cache
+def _checked_body(choice: str, op: str, device: str) -> Body | None:
+    first = _serving(choice, op, device, torch.float32, False)[0]
+    return first if getattr(first, "checks_arguments", False) else None
+
+
+def _serving(choice: str, op: str, device: str, dtype: torch.dtype, differentiable: bool) -> list[Body]:
+    """The functions that may run an op, in the order in which they are asked."""
+    verdicts = {
+        name: _serve(name, op, device, dtype, differentiable) for name in (BACKENDS if choice == "auto" else (choice,))
+    }
+    functions = [function for function, _ in verdicts.values() if function is not None]
+    if not functions:
+        raise InputError(f"{op} on {device}: " + "; ".join(f"{name} {why}" for name, (_, why) in verdicts.items()))
+    return functions
 
 
 def _serve(name: str, op: str, device: str, dtype: torch.dtype, differentiable: bool) -> tuple[Body | None, str]:

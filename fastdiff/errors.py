@@ -1,4 +1,4 @@
-"""The one exception for input that cannot be used."""
+"""The exception for input that cannot be used."""
 
 
 class InputError(ValueError):
@@ -6,6 +6,10 @@ class InputError(ValueError):
 
     The command line turns it into one line on standard error and exit status 2.
     """
+
+
+class Refused(InputError):
+    """What a backend says of arguments that are right but not for it; ``auto`` then asks the next one."""
 
 
 def check(condition: object, message: str) -> None:

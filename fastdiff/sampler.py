@@ -153,6 +153,7 @@ class Sampler:
             x_in = step.x if step.input is None else step.input
             out, uncond = guidance.outputs(x_in, self._times[i].expand(len(x)), rows.w[i] != 1)
             self.diffusion.check_output(out, x)
+            noisy = rows.s[i] != 0
             step = ops.affine_step(
                 step.x,
                 out,
@@ -161,8 +162,8 @@ class Sampler:
                 uncond=uncond,
                 history=step.history,
                 anchor=step.anchor,
-                seed=seed if rows.s[i] != 0 else None,
-                sample=sample,
+                seed=seed if noisy else None,
+                sample=sample if noisy else None,
                 input_dtype=input_dtype,
             )
             assert step.x0 is not None

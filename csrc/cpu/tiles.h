@@ -320,13 +320,12 @@ inline void add_noise_to(float* next, const AffineStep& op, const Row& r, const 
   }
 }
 
-// The anchor's share of x', and the next anchor.
+// The anchor's share of x'; the next anchor is left in the buffer.
 inline void add_anchor_to(float* next, const AffineStep& op, const Row& r, const Tile& tile, const float* x,
                           const float* x0, Buffer& buffer) {
   const float* anchor = fetch(op.space, op.anchor, tile, buffer);
   FOR(i, tile.count) next[i] += r.e * anchor[i];
   FOR(i, tile.count) buffer.v[i] = r.k * anchor[i] + r.m * x[i] + r.n * x0[i];
-  store(op.space, op.next_anchor, tile, buffer.v);
 }
 
 void affine_tile(const AffineStep& op, const Tile& tile) {
@@ -335,7 +334,7 @@ void affine_tile(const AffineStep& op, const Tile& tile) {
   if (row < 0 || row >= op.rows) return;
   Row r;
   memcpy(&r, op.table + row * LETTERS, sizeof r);
-  Buffer bx, bo, bu, bh, bx0, bnext, bpush;
+  Buffer bx, bo, bu, bh, ba, bx0, bnext, bpush;
   const bool noisy = op.noise.drawn || op.noise.given.data, anchored = op.anchor.data;
   const bool more = op.history[1].data || anchored || noisy || op.input.data;  // after the first pass
   const Sources from = {fetch(space, op.x, tile, bx), fetch(space, op.output, tile, bo),
@@ -350,11 +349,12 @@ void affine_tile(const AffineStep& op, const Tile& tile) {
     const float* h = fetch(space, op.history[j], tile, bh);
     FOR(i, n) next[i] += r.c[j] * h[i];
   }
-  if (anchored) add_anchor_to(next, op, r, tile, from.x, x0, bh);
+  if (anchored) add_anchor_to(next, op, r, tile, from.x, x0, ba);
   if (noisy) add_noise_to(next, op, r, tile, bh, bo);
   store(space, op.next, tile, next);
   store(space, op.x0, tile, x0);
   store(space, op.push, tile, to[2].to);
+  if (anchored) store(space, op.next_anchor, tile, ba.v);
   if (op.input.data) {
     const float c_in = op.table[std::min(row + 1, op.rows - 1) * LETTERS];
     FOR(i, n) bh.v[i] = c_in * next[i];

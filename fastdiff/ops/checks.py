@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from numbers import Real
+from operator import index
 
 import torch
 from torch import Tensor
@@ -87,9 +88,7 @@ def check_clip(clip: float | None) -> float:
 
 def check_row(row: object, count: int, x: Tensor) -> None:
     """An index 0 ... count-1, or int64 ``[N]`` of them; those on a device are not looked at: that would wait for it."""
-    if isinstance(row, int):
-        low = high = row
-    elif isinstance(row, Tensor):
+    if isinstance(row, Tensor):
         if row.dtype != torch.int64:
             raise InputError(f"row must be int64, got {row.dtype}")
         if row.ndim:
@@ -100,15 +99,24 @@ def check_row(row: object, count: int, x: Tensor) -> None:
             return
         low, high = map(int, row.aminmax())
     else:
-        raise InputError(f"row must be a whole number or one per sample, got {row!r}")
+        low = high = _whole(row)
     if low < 0 or high >= count:
         raise InputError(f"row must lie in 0...{count - 1}, got {row}")
 
 
+def _whole(row: object) -> int:
+    try:
+        return index(row)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"row must be a whole number or one per sample, got {row!r}") from None
+
+
 def check_scale(name: str, value: Tensor | float, x: Tensor) -> Tensor | float:
-    """A number, or one float32 or float64 number per sample."""
+    """A number, or one float32 or float64 number per sample; a number with a gradient is made one per sample."""
     if isinstance(value, float):
         return value
+    if isinstance(value, Tensor) and not value.ndim and (value.requires_grad or torch.compiler.is_compiling()):
+        value = value.to(x.device).expand(len(x))
     if isinstance(value, Tensor) and value.ndim:
         return check_numbers(name, value, x)
     try:
@@ -123,6 +131,8 @@ def check_result(name: str, result: object, x: Tensor, dtype: torch.dtype) -> No
     assert isinstance(result, Tensor)
     if result.dtype is not dtype:
         raise InputError(f"{name} must be {dtype}, got {result.dtype}")
+    if result.requires_grad and torch.is_grad_enabled():
+        raise InputError(f"{name} requires a gradient, which writing to it would not give: detach it, or use no_grad")
     if not is_dense(result):
         raise InputError(f"{name} must be contiguous or channels-last, got strides {list(result.stride())}")
 
@@ -133,21 +143,24 @@ def check_apart(
     """No result shares memory with another or with what is given, but one may be exactly a tensor it is allowed."""
     if torch.compiler.is_compiling():  # memory is not known then
         return
-    taken = [(*_bytes(tensor), tensor) for tensor in given if tensor is not None]
-    for name, result, allowed in results:
+    taken = [tensor for tensor in given if tensor is not None]
+    for name, result, may_lie_over in results:
         if result is None:
             continue
-        low, high = _bytes(result)
-        for start, end, other in taken:
-            if low < end and start < high and not _is_one_of(result, other, allowed):
+        allowed = any(tensor is not None and _same_place(result, tensor) for tensor in may_lie_over)
+        for other in taken:
+            if _overlap(result, other) and not (allowed and _same_place(result, other)):
                 raise InputError(f"{name} shares memory with another argument")
-        taken.append((low, high, result))
+        taken.append(result)
 
 
-def _is_one_of(result: Tensor, other: Tensor, allowed: Sequence[Tensor | None]) -> bool:
-    """Whether the memory of a result is just that of another tensor, and one it may lie in."""
-    same = result.data_ptr() == other.data_ptr() and result.stride() == other.stride() and result.dtype == other.dtype
-    return same and any(other is tensor for tensor in allowed)
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype and a.shape == b.shape
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    (low, high), (start, end) = _bytes(a), _bytes(b)
+    return low < end and start < high
 
 
 def _bytes(x: Tensor) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff import noise as noises
 from fastdiff.backends import body
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, check
 from fastdiff.ops import library, reference
 from fastdiff.ops.checks import (
     check_apart,
@@ -54,14 +54,29 @@ def add_noise(
         InputError: shapes or devices that do not fit, integer tensors, neither or both of noise and seed.
     """
     try:
-        run = library.quick("add_noise", x0, alpha, sigma, noise)
-        result = empty_like(x0) if out is None else out
-        if run and result.dtype == x0.dtype:
+        if run := library.quick("add_noise", x0, alpha, sigma, noise, out):
+            result = empty_like(x0) if out is None else out
+            check(result.dtype == x0.dtype, "dtypes differ")
             run(x0, alpha, sigma, _noise(x0, noise, seed, step, sample), result)
-            library.written(out)
-            return result
     except Exception:  # said better, or mended, below
-        pass
+        run = None
+    if run is None:
+        result = _add_noise(x0, alpha, sigma, noise, seed, step, sample, out)
+    if out is not None:
+        library.written(out)
+    return result
+
+
+def _add_noise(
+    x0: Tensor,
+    alpha: Tensor | float,
+    sigma: Tensor | float,
+    noise: Tensor | None,
+    seed: noises.Seed | None,
+    step: int | Tensor,
+    sample: Sequence[int] | Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
     check_floating("x0", x0)
     alpha, sigma = check_scale("alpha", alpha, x0), check_scale("sigma", sigma, x0)
     source = _noise(x0, noise, seed, step, sample)
@@ -77,7 +92,6 @@ def add_noise(
         return result if out is None else out.copy_(result)
     result = empty_like(x0) if out is None else out
     body("add_noise", x0.device, library.wide(x0))(x0, alpha, sigma, source, result)
-    library.written(out)
     return result
 
 
@@ -154,6 +168,8 @@ def _noise(
     if (noise is None) == (seed is None):
         raise InputError("give either noise or seed")
     if noise is not None:
+        if sample is not None or isinstance(step, Tensor) or step:
+            raise InputError("step and sample choose among the noise of a seed: give seed instead of noise")
         check_same("noise", noise, x0)
         return noise
     assert seed is not None

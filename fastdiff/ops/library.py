@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastdiff.backends import body
+from fastdiff.backends import body, checked_body
 from fastdiff.noise import Address, draw
 from fastdiff.ops import reference
 from fastdiff.ops.layout import empty_like
@@ -59,10 +59,9 @@ def quick(op: str, x: Tensor, *values: Any) -> Callable[..., None] | None:
     A contract tries it first: looking at every argument from Python takes longer than a step on a small tensor. What
     it refuses, the contract then looks at as for any other backend, to say what is wrong or to make it fit.
     """
-    if traced(x, *values) or watched():
+    if x.dtype == torch.float64 or traced(x, *values) or watched():
         return None
-    run = body(op, x.device, wide(x))
-    return run if getattr(run, "checks_arguments", False) else None
+    return checked_body(op, "cuda" if x.is_cuda else "cpu")
 
 
 def needs_grad(*values: Any) -> bool:
@@ -75,9 +74,7 @@ def needs_grad(*values: Any) -> bool:
 
 def written(*results: Tensor | None) -> None:
     """Tell autograd that a body wrote to tensors the caller gave, as PyTorch's own operations do."""
-    for result in results:
-        if result is not None and not result.is_inference():
-            torch.autograd.graph.increment_version(result)
+    torch.autograd.graph.increment_version([r for r in results if r is not None and not r.is_inference()])
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.errors import InputError
+from fastdiff.errors import Refused
 from fastdiff.ops.layout import is_dense
 
 REPORT = Path(__file__).parent.parent / "_build.txt"  # what the build says it could not build, and why
@@ -51,7 +51,7 @@ def _body(run: Callable[..., None], given: int = -1) -> Callable[..., None]:
         except ValueError as error:
             plain = _mended(arguments, given, lambda x: not x.is_neg(), Tensor.resolve_neg)
             if all(a is b for a, b in zip(plain, arguments, strict=True)):
-                raise InputError(str(error)) from None
+                raise Refused(str(error)) from None
             run(*plain, torch.get_num_threads())
 
     body.checks_arguments = True  # type: ignore[attr-defined]

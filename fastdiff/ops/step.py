@@ -15,10 +15,11 @@ from typing_extensions import Unpack
 
 from fastdiff import noise as noises
 from fastdiff.backends import body
-from fastdiff.errors import InputError, choose
+from fastdiff.errors import InputError, check, choose
 from fastdiff.ops import library, reference
 from fastdiff.ops import row as rows
 from fastdiff.ops.checks import (
+    FLOATS,
     check_apart,
     check_clip,
     check_floating,
@@ -72,26 +73,30 @@ def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, *, out: Tensor | 
         out: where to write the result, like ``cond`` and dense; may be ``cond`` or ``uncond`` itself.
     """
     try:
-        run = library.quick("guide", cond, uncond, scale)
-        result = empty_like(cond) if out is None else out
-        if run and uncond.dtype == cond.dtype == result.dtype:
+        if run := library.quick("guide", cond, uncond, scale, out):
+            result = empty_like(cond) if out is None else out
+            check(uncond.dtype == cond.dtype == result.dtype, "dtypes differ")
             run(cond, uncond, scale, result)
-            library.written(out)
-            return result
     except Exception:  # said better, or mended, below
-        pass
+        run = None
+    if run is None:
+        scale = _check_guide(cond, uncond, scale, out)
+        result = empty_like(cond) if out is None else out
+        _runner("guide", cond, library.needs_grad(cond, uncond, scale))(cond, uncond, scale, result)
+    if out is not None:
+        library.written(out)
+    return result
+
+
+def _check_guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor | float:
     check_floating("cond", cond)
     check_same("uncond", uncond, cond)
     if uncond.dtype != cond.dtype:
         raise InputError(f"uncond must be {cond.dtype}, got {uncond.dtype}")
-    scale = check_scale("scale", scale, cond)
     if out is not None:
         check_result("out", out, cond, cond.dtype)
         check_apart((cond, uncond), [("out", out, (cond, uncond))])
-    result = empty_like(cond) if out is None else out
-    _runner("guide", cond, library.needs_grad(cond, uncond, scale))(cond, uncond, scale, result)
-    library.written(out)
-    return result
+    return check_scale("scale", scale, cond)
 
 
 def affine_step(
@@ -133,30 +138,23 @@ def affine_step(
     Raises:
         InputError: what does not fit, by name; an explicit backend that has no gradient where one is needed.
     """
-    at = row if step is None else step
     vectors = (uncond, history, anchor)
     try:
-        if run := library.quick("affine_step", x, output, table, uncond, *history, anchor, noise):
-            source = noise if seed is None else _address(x, noise, seed, at, sample)
+        given = () if out is None else _written(out)
+        if run := library.quick("affine_step", x, output, table, uncond, *history, anchor, noise, *given):
+            source = _source(x, row, noise, seed, step, sample)
             results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
-            run(x, output, table, row, *vectors, source, _written(results))
-            if out is not None:
-                library.written(*_written(out))
-            return _shifted(results, history)
+            run(x, output, table, row, *vectors, source, given or _written(results))
     except Exception:  # said better, or mended, below
-        pass
-    check_state("x", x)
-    check_output(output, x)
-    table = _check_table(table, x)
-    check_row(row, len(table), x)
-    _check_vectors(x, output, *vectors, noise)
-    source = noise if seed is None else _address(x, noise, seed, at, sample)
-    if out is not None:
-        _check_out(out, x, output, *vectors, noise)
-    results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
-    grad = library.needs_grad(x, output, table, uncond, *history, anchor, noise)
-    run = _runner("affine_step", x, grad)
-    run(x, output, table, row, *vectors, source, _written(results))
+        run = None
+    if run is None:
+        table = _check_step(x, output, table, row, *vectors, noise)
+        source = _source(x, row, noise, seed, step, sample)
+        if out is not None:
+            _check_out(out, x, output, table, *vectors, noise)
+        results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
+        grad = library.needs_grad(x, output, table, uncond, *history, anchor, noise)
+        _runner("affine_step", x, grad)(x, output, table, row, *vectors, source, _written(results))
     if out is not None:
         library.written(*_written(out))
     return _shifted(results, history)
@@ -180,16 +178,21 @@ def _shifted(results: Step, history: tuple[Tensor, ...]) -> Step:
     return results._replace(history=(results.history[0], *history[:-1])) if history else results
 
 
-def _address(
+def _source(
     x: Tensor,
+    row: int | Tensor,
     noise: Tensor | None,
-    seed: noises.Seed,
-    step: int | Tensor,
+    seed: noises.Seed | None,
+    step: int | Tensor | None,
     sample: Sequence[int] | Tensor | None,
-) -> noises.Address:
+) -> Tensor | noises.Address | None:
+    if seed is None:
+        if step is not None or sample is not None:
+            raise InputError("step and sample choose among the noise of a seed: give seed")
+        return noise
     if noise is not None:
         raise InputError("give either noise or seed")
-    return noises.address(len(x), x.device, seed=seed, step=step, sample=sample)
+    return noises.address(len(x), x.device, seed=seed, step=row if step is None else step, sample=sample)
 
 
 def ddim_step(
@@ -278,7 +281,8 @@ def _ddim_letters(
 
 def _one_step(x: Tensor, output: Tensor, table: Tensor, options: StepOptions) -> Step:
     row = 0 if len(table) == 1 else torch.arange(len(table), device=x.device)
-    options.setdefault("step", 0)
+    if options.get("seed") is not None:
+        options.setdefault("step", 0)
     return affine_step(x, output, table, row, **options)
 
 
@@ -292,12 +296,18 @@ def _has_noise(options: StepOptions) -> bool:
 def _levels(x: Tensor, *levels: Tensor | float) -> tuple[float, ...] | Levels:
     """The four levels: numbers, or float64 host tensors of one length."""
     names = ("alpha", "sigma", "alpha_next", "sigma_next")
-    checked = [check_scale(name, level, x) for name, level in zip(names, levels, strict=True)]
+    # A 0-d tensor is a number: a timestep's entry in the schedule's tables.
+    plain = [_number(level) for level in levels]
+    checked = [check_scale(name, level, x) for name, level in zip(names, plain, strict=True)]
     if not any(isinstance(level, Tensor) for level in checked):
         return tuple(checked)  # type: ignore[arg-type]
     columns = (torch.as_tensor(level, dtype=torch.float64).cpu().reshape(-1) for level in checked)
     alpha, sigma, alpha_next, sigma_next = torch.broadcast_tensors(*columns)
     return alpha, sigma, alpha_next, sigma_next
+
+
+def _number(level: Tensor | float) -> Tensor | float:
+    return level.item() if isinstance(level, Tensor) and not level.ndim and not library.traced(level) else level
 
 
 def _table(letters: Any, x: Tensor, levels: tuple[float, ...] | Levels, **options: Any) -> Tensor:
@@ -344,15 +354,21 @@ def _check_table(table: object, x: Tensor) -> Tensor:
     return table if table.dtype is x.dtype and table.is_contiguous() else table.to(x.dtype).contiguous()
 
 
-def _check_vectors(
+def _check_step(
     x: Tensor,
     output: Tensor,
+    table: Tensor,
+    row: int | Tensor,
     uncond: Tensor | None,
     history: tuple[Tensor, ...],
     anchor: Tensor | None,
     noise: Tensor | None,
-) -> None:
-    """Check the tensors beside x and output."""
+) -> Tensor:
+    """Check what a step reads; gives the table as the bodies take it."""
+    check_state("x", x)
+    check_output(output, x)
+    table = _check_table(table, x)
+    check_row(row, len(table), x)
     if uncond is not None:
         check_same("uncond", uncond, output)
     if not isinstance(history, tuple) or len(history) > 3:
@@ -362,6 +378,7 @@ def _check_vectors(
     for name, value in (("anchor", anchor), ("noise", noise)):
         if value is not None:
             check_same(name, value, x)
+    return table
 
 
 def _results(
@@ -377,6 +394,8 @@ def _results(
 
 
 def _input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in FLOATS:
+        raise InputError(f"input_dtype must be a floating-point dtype, got {dtype}")
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=format_of(x))
 
 
@@ -384,6 +403,7 @@ def _check_out(
     out: Step,
     x: Tensor,
     output: Tensor,
+    table: Tensor,
     uncond: Tensor | None,
     history: tuple[Tensor, ...],
     anchor: Tensor | None,
@@ -405,4 +425,4 @@ def _check_out(
     for name, result, _ in results:
         if result is not None:
             check_result(name, result, x, result.dtype if result is out.input else x.dtype)
-    check_apart((x, output, uncond, *history, anchor, noise), results)
+    check_apart((x, output, table, uncond, *history, anchor, noise), results)

@@ -236,11 +236,10 @@ def affine_step(
             log_variance = log_variance_of(load(fraction, place, BLOCK), tl.load(r + LO), tl.load(r + HI))
             std = std * exponential(log_variance * 0.5)
         following += std * noise_of(source, place, BLOCK)
+    tl.debug_barrier()  # results may lie over arguments of which another thread has still to load its part
     if x0_result is not None:
         store(x0_result, place, x0, BLOCK)
     if h1_result is not None:
-        # It may be written over a stored vector of which another thread has still to load its part.
-        tl.debug_barrier()
         store(h1_result, place, tl.load(r + U) * x_now + tl.load(r + V) * x0, BLOCK)
     if anchor_result is not None:
         store(anchor_result, place, tl.load(r + K) * kept + tl.load(r + M) * x_now + tl.load(r + N) * x0, BLOCK)
