@@ -55,6 +55,36 @@ def test_a_backend_that_cannot_serve_a_call_says_why():
         assert fd.ops.guide(X.double(), X.double(), 1.0).dtype == torch.float64
 
 
+def test_auto_asks_the_next_backend_where_one_refuses():
+    x = torch.arange(256.0).reshape(1, *(2,) * 8)  # of more dimensions than the kernels walk
+    with fd.backend("native"), pytest.raises(fd.InputError, match="2 to 7 dimensions"):
+        fd.ops.guide(x, x, 1.0)
+    results = []
+    for name in ("auto", "reference"):
+        with fd.backend(name):
+            table, small = make_table(1, a=2.0), torch.float8_e4m3fn
+            results.append((fd.ops.guide(x, 3 * x, 0.5), fd.ops.affine_step(x, x, table, 0).x))
+            results[-1] += (fd.ops.add_noise(x, 0.5, 2, seed=1), fd.noise.normal((2, 3), seed=1, dtype=small).float())
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected) or torch.allclose(ours, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("row", [1, np.int64(1), torch.tensor(1)], ids=repr)
+def test_a_row_is_any_whole_number(row, each_backend):
+    table = make_table(2, a=torch.tensor([2.0, 3.0])).float()
+    assert torch.equal(fd.ops.affine_step(X, X, table, row).x, 3 * X)
+
+
+def test_a_number_that_asks_for_a_gradient_gets_it(each_backend):
+    alpha, sigma, scale = (torch.tensor(value, requires_grad=True) for value in (0.5, 0.25, 2.0))
+    noise = torch.ones_like(X)
+    fd.ops.add_noise(X, alpha, sigma, noise).sum().backward()
+    torch.testing.assert_close(torch.stack((alpha.grad, sigma.grad)), torch.stack((X.sum(), noise.sum())))
+    if each_backend == "reference":
+        fd.ops.guide(X, noise, scale).sum().backward()
+        torch.testing.assert_close(scale.grad, (X - noise).sum())
+
+
 def fail_under(name):
     with fd.backend(name):
         raise RuntimeError(fd.explain().splitlines()[0])
@@ -196,6 +226,10 @@ BAD = {
     "affine: seeds": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=[1, 2, 3]), "seed"),
     "affine: seed fractional": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=0.5), "seed"),
     "affine: step beyond 32 bits": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=0, step=2**32), "step"),
+    "affine: step without seed": (lambda: fd.ops.affine_step(X, X, TABLE, 0, step=3), "give seed"),
+    "affine: sample without seed": (lambda: fd.ops.affine_step(X, X, TABLE, 0, sample=[1, 2], noise=X), "give seed"),
+    "add_noise: step without seed": (lambda: fd.ops.add_noise(X, 1, 1, X, step=3), "give seed"),
+    "add_noise: sample without seed": (lambda: fd.ops.add_noise(X, 1, 1, X, sample=[1, 2]), "give seed"),
     "affine: input dtype": (lambda: fd.ops.affine_step(X, X, TABLE, 0, input_dtype=torch.int32), "input"),
     "affine: x one dimension": (lambda: fd.ops.affine_step(W, W, TABLE, 0), "x must"),
     "posterior: uncond narrow": (lambda: fd.ops.posterior_step(X, LEARNED, *VP, uncond=X, noise=X), "uncond"),

@@ -180,6 +180,28 @@ def test_a_solver_step_may_lie_over_its_state(op, layout, each_backend):
     assert_same_bits(clean, call.run(**tensors, out=out))
 
 
+def test_what_is_one_tensor_may_be_named_by_views_of_it(each_backend):
+    call = call_of("affine_step", SHAPE)
+    clean = call.run(**call.tensors)
+    out = map_parts(clean, torch.empty_like)._replace(x=call.tensors["x"].view(SHAPE), anchor=call.tensors["anchor"][:])
+    assert_same_bits(clean, call.run(**call.tensors, out=out))
+
+
+def test_one_tensor_in_many_roles_may_be_written_over(each_backend):
+    """All vectors are one tensor, in whose place one result lies: it is read for the last time before that."""
+    x, output, table = randn(SHAPE, 0), randn(SHAPE, 1), random_table(1, 0, F32)
+
+    def run(x, out):
+        step = fd.ops.affine_step(x, output, table, 0, uncond=x, history=(x, x), anchor=x, noise=x, out=out)
+        return step._replace(history=step.history[:1])
+
+    clean = run(x, None)
+    for part in ("x", "anchor", "history"):
+        same = x.clone()
+        over = (same,) if part == "history" else same
+        assert_same_bits(clean, run(same, map_parts(clean, torch.empty_like)._replace(**{part: over})))
+
+
 MEMORY = torch.zeros(400)
 
 
@@ -191,6 +213,7 @@ def of(start, *shape):
 X, Y, Z, H1, H2, A = (of(30 * i) for i in range(6))
 NEW, NEW16 = of(300), of(300, 1, 4, 4)
 TABLE = random_table(2, 0, F32)
+OVER = of(301, 1, len(LETTERS))
 S, VP = fd.ops.Step, PROCESS["vp"][0]
 
 
@@ -221,6 +244,12 @@ REFUSED = {
     "add_noise: expanded": (lambda: fd.ops.add_noise(X, 1, 1, Y, out=NEW[:, :1].expand(2, 3, 4)), "out must be contig"),
     "add_noise: dtype": (lambda: fd.ops.add_noise(X, 1, 1, Y, out=NEW.half()), "out must be torch.float32"),
     "add_noise: shape": (lambda: fd.ops.add_noise(X, 1, 1, Y, out=of(300, 3, 2, 4)), "out must have"),
+    "step: over the table": (lambda: fd.ops.affine_step(X, Y, OVER, 0, out=S(of(300))), "out.x shares"),
+    "step: x asks for a gradient": (lambda: step(S(torch.zeros(2, 3, 4).requires_grad_())), "out.x requires a grad"),
+    "guide: out asks for a gradient": (
+        lambda: fd.ops.guide(X, Y, 1.0, out=torch.zeros(2, 3, 4).requires_grad_()),
+        "out requires a grad",
+    ),
     "step: a tensor": (lambda: step(NEW), "out must be a Step"),
     "step: a tuple": (lambda: step((NEW,)), "out must be a Step"),
     "step: part of x": (lambda: step(S(of(1))), "out.x shares"),
