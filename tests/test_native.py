@@ -69,7 +69,7 @@ def native_words(counters, keys):
 
 
 def test_philox_gives_known_answers_and_those_of_unbounded_integers(level):
-    draws = np.random.default_rng(1).integers(0, 2**32, (1003, 6))
+    draws = np.random.default_rng(1).integers(0, 2**32, (1006, 6))
     draws[:300:3, 0] = MASK - draws[:300:3, 0] % 70  # blocks of quads that wrap
     draws[1:300:3, :4] = MASK - draws[1:300:3, :4] % 3
     draws[:3] = [words(counter) + words(key) for counter, key, _ in PHILOX_ANSWERS]
@@ -169,6 +169,26 @@ def test_noise_made_in_a_kernel_is_the_noise_of_the_address(op, layout, level):
     noise = normal(shape, **{k: call.run.keywords.get("more", call.run.keywords)[k] for k in PLACE}, stream=stream)
     tensors = {k: lay_out(t, layout) if t.ndim > 1 else t for k, t in call.tensors.items()}
     assert_same_bits(call.run(**tensors), given.run(**tensors, noise=lay_out(noise, layout)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+@pytest.mark.parametrize("seeds", ["one seed", "a seed each"])
+def test_noise_does_not_depend_on_what_it_is_drawn_with(layout, seeds, level):
+    """Of 24 times 21 batches of 1 to 257 samples, in any order, cut anywhere; made alone and within an op."""
+    numbers, shape = np.random.default_rng([*map(ord, layout + seeds + level)]), (257, 3, 5, 7)
+    ids = torch.from_numpy(numbers.integers(0, 2**32, 257))
+    each = torch.from_numpy(numbers.integers(-(2**63), 2**63, 257)) if seeds == "a seed each" else None
+    with at_level("baseline"):
+        whole = normal(shape, seed=5 if each is None else each, step=3, sample=ids, stream=Stream.TRAINING)
+    for _ in range(21):
+        batch = torch.from_numpy(numbers.permutation(257)[: numbers.integers(1, 258)])
+        for part in batch.split(int(numbers.integers(1, len(batch) + 1))):
+            seed = 5 if each is None else each[part]
+            alone = lay_out(torch.empty(len(part), *shape[1:]), layout)
+            _C.normal(alone, (seed, 3, ids[part], Stream.TRAINING), 1)
+            x0 = lay_out(torch.zeros(alone.shape), layout)
+            fused = fd.ops.add_noise(x0, 0.0, 1.0, seed=seed, step=3, sample=ids[part])
+            assert_same_bits(whole[part], alone, fused)
 
 
 PLACE = ("seed", "step", "sample")

@@ -1,6 +1,9 @@
 """Proves the noise: Philox bit for bit, normals to 2 ulp, addresses free of the batch, and the statistics."""
 
+import contextlib
 import math
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -25,7 +28,7 @@ def test_random123_known_answers(counter, key, expected):
 
 
 def test_a_thousand_random_counters_and_keys():
-    draws = np.random.default_rng(0).integers(0, 2**32, (1000, 6))
+    draws = np.random.default_rng(0).integers(0, 2**32, (1003, 6))
     draws[::10, :4] = LARGEST - draws[::10, :4] % 3  # next to the wrap
     actual = philox4x32(torch.from_numpy(draws[:, :4].copy()), torch.from_numpy(draws[:, 4:].copy()))
     assert actual.dtype == torch.int64
@@ -199,6 +202,21 @@ def test_no_two_addresses_share_noise():
     assert len(set(values)) == len(values) == 64 * (len(Stream) + 6)
 
 
+@pytest.mark.slow
+def test_no_two_of_six_million_addresses_share_a_counter(monkeypatch):
+    """Different counters of one key give different blocks of noise, for Philox is a permutation of them."""
+    blocks = []
+    monkeypatch.setattr(fd.noise, "philox4x32", lambda counter, key: blocks.append(counter.numpy()) or counter)
+    numbers = np.random.default_rng(0)
+    steps, ids = (numbers.choice(2**32, count, replace=False) for count in (50, 65))
+    for stream in Stream:
+        for step in steps.tolist():
+            fd.noise.draw((65, 1000), fd.noise.address(65, "cpu", seed=3, step=step, sample=ids, stream=stream), "cpu")
+    words = [np.unique(column, return_inverse=True)[1] for column in np.concatenate(blocks).reshape(-1, 4).T]
+    packed = np.ravel_multi_index(words, [int(word.max()) + 1 for word in words])
+    assert len(np.unique(packed)) == len(packed) == 8 * 50 * 65 * 250
+
+
 def test_no_stream_is_another_by_a_second_name():
     assert sorted(int(stream) for stream in Stream.__members__.values()) == list(range(len(Stream)))
 
@@ -351,6 +369,65 @@ def test_blocks_are_unique_over_consecutive_calls(raw):
     low = raw[..., 0].astype(np.uint64) << np.uint64(32) | raw[..., 1].astype(np.uint64)
     high = raw[..., 2].astype(np.uint64) << np.uint64(32) | raw[..., 3].astype(np.uint64)
     assert len(np.unique(low)) == len(np.unique(high)) == N // 4
+
+
+# ---- an external battery --------------------------------------------------------------------
+
+BATTERY = [  # of dieharder's tests: all those that it does not call suspect, as long as all together take a few minutes
+    *("-d 0", "-d 1", "-d 2", "-d 3", "-d 4", "-d 8", "-d 9", "-d 10", "-d 11", "-d 12", "-d 13", "-d 15", "-d 16"),
+    *("-d 17 -p 10", "-d 100", "-d 101", "-d 102", *(f"-d 200 -n {n} -p 20" for n in (2, 4, 8))),
+    *(*(f"-d 201 -n {n} -p 100" for n in (2, 3, 4)), *(f"-d 202 -n {n}" for n in (3, 4, 5))),
+    *(*(f"-d 203 -n {n} -p 20" for n in (0, 1, 3, 4, 15)), "-d 204", "-d 205", "-d 206", "-d 207", "-d 208", "-d 209"),
+]
+DEFECTS = {  # what is wrong with the words, and the test that sees it
+    "a word in a thousand repeats the one before": (
+        "-d 2 -p 20",
+        lambda words: np.where(np.arange(words.size) % 1000, words, np.roll(words, 1)),
+    ),
+    "each quad twice": ("-d 8", lambda words: np.repeat(words.reshape(-1, 4), 2, 0)),
+    "a bit that is seldom 1": ("-d 100", lambda words: words & np.roll(words, 1) | words & ~np.uint32(1 << 9)),
+}
+battery = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("dieharder") is None, reason="needs the program dieharder, a package of Debian"),
+]
+
+
+def raw_words(seed):
+    """The words of a seed as the extension makes them, without end: of samples of 65,536 elements."""
+    philox = pytest.importorskip("fastdiff._C").philox
+    counters, keys, words = (np.zeros((2**14, width), np.uint32) for width in (4, 2, 4))
+    counters[:, 0], keys[:, 0] = np.arange(2**14), seed
+    for sample in range(2**32):
+        counters[:, 2] = sample
+        philox(counters, keys, words)
+        yield words.flatten()
+
+
+def assessments(test, blocks):
+    """The p-values of one of dieharder's tests, each with what it says of it: PASSED, WEAK or FAILED (p < 1e-6)."""
+    command = ["dieharder", "-g", "200", "-c", ",", "-D", "pvalues", "-D", "assessment", *test.split()]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as battery:
+        with contextlib.suppress(BrokenPipeError):  # it has read enough
+            for block in blocks:
+                battery.stdin.write(block.astype("<u4").tobytes())
+        lines = battery.stdout.read().decode().splitlines()
+    verdicts = [[part.strip() for part in line.split(",")] for line in lines if "," in line]
+    print(*verdicts)
+    return [verdict for _, verdict in verdicts]
+
+
+@pytest.mark.parametrize("test", [pytest.param(test, marks=battery) for test in BATTERY])
+def test_the_words_pass_an_external_battery(test):
+    verdicts = assessments(test, raw_words(BATTERY.index(test)))
+    assert verdicts
+    assert set(verdicts) <= {"PASSED", "WEAK"}  # of a hundred, one is weak by chance
+
+
+@pytest.mark.parametrize("defect", [pytest.param(defect, marks=battery) for defect in DEFECTS])
+def test_the_battery_sees_a_planted_defect(defect):
+    test, spoil = DEFECTS[defect]
+    assert "FAILED" in assessments(test, map(spoil, raw_words(0)))
 
 
 # ---- who uses it ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from op_tools import PROCESS
+from torch._subclasses import FakeTensorMode
 
 import fastdiff as fd
 from fastdiff import backends
@@ -115,7 +116,13 @@ STRANGE = {
     "float8": X.to(torch.float8_e5m2),
     "sparse": X.to_sparse(),
     "meta": X.to("meta"),
+    "blocked": X.to_mkldnn(),
+    "unsigned": X.to(torch.uint16),
+    "text": "x",
+    "NaN": math.nan,
     "too long": torch.zeros(2, 3, 5),
+    "too deep": torch.zeros(2, 3, 4, 1),
+    "too many": torch.zeros(3, 3, 4),
     "too flat": torch.zeros(2),
 }
 ARGUMENTS = {
@@ -135,7 +142,7 @@ ARGUMENTS = {
     "posterior: output": lambda v: fd.ops.posterior_step(X, v, *VP, noise=X),
     "ddim: x": lambda v: fd.ops.ddim_step(v, X, *VP),
 }
-FREE = ("add_noise: x0", "loss: x0", "guide: cond", "affine: x", "ddim: x")  # of any length
+FREE = ("add_noise: x0", "loss: x0", "guide: cond", "affine: x", "ddim: x")  # of any shape
 
 BAD = {
     "add_noise: list": (lambda: fd.ops.add_noise([1.0], 1, 1, X), "x0"),
@@ -239,6 +246,12 @@ BAD = {
     "ddim: infinite level": (lambda: fd.ops.ddim_step(X, X, VP[0], math.inf, *VP[2:]), "finite"),
     "ddim: clip zero": (lambda: fd.ops.ddim_step(X, X, *VP, clip=0), "clip"),
     "ddim: clip word": (lambda: fd.ops.ddim_step(X, X, *VP, clip="1"), "clip"),
+    **{
+        f"{step.__name__}: level {i} {value}": (partial(step, X, X, *VP[:i], value, *VP[i + 1 :], noise=X), "finite")
+        for step in (fd.ops.ddim_step, fd.ops.posterior_step)
+        for i in range(4)
+        for value in (math.nan, math.inf, -math.inf)
+    },
     "table: unknown letter": (lambda: make_table(2, z=1.0), "letter"),
     "table: infinite letter": (lambda: make_table(2, a=math.inf), "coefficient a"),
     "table: NaN letter": (lambda: make_table(2, s=torch.tensor([0.0, math.nan])), "coefficient s"),
@@ -248,13 +261,32 @@ BAD |= {
     f"{argument} {kind}": (partial(call, value), rf"\b{argument.split()[-1]}\b")
     for argument, call in ARGUMENTS.items()
     for kind, value in STRANGE.items()
-    if not (argument in FREE and kind == "too long")
+    if not (argument in FREE and kind in ("too long", "too deep", "too many"))
 }
 assert len(BAD) >= 200
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_calls_are_refused_by_name(case):
+def test_bad_calls_are_refused_by_name(case, each_backend):
     call, message = BAD[case]
     with pytest.raises(fd.InputError, match=message):
         call()
+
+
+def freed():
+    x = torch.zeros(2, 3, 4)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def fake():
+    with FakeTensorMode():
+        return torch.zeros(2, 3, 4)
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize("without", [freed, fake])
+def test_tensors_without_memory_are_refused(argument, without):
+    """PyTorch's own operations, which the reference is made of, end the process on a tensor whose memory was freed."""
+    with fd.backend("native"), pytest.raises(fd.InputError, match="holds no values"):
+        ARGUMENTS[argument](without())

@@ -1,5 +1,9 @@
 """Proves the ops as PyTorch sees them: gradients of both orders, torch.library's own checks, torch.compile."""
 
+import itertools
+import random
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,7 @@ from op_tools import (
     PROCESS,
     assert_same_bits,
     assert_within,
+    bounds,
     call_of,
     column,
     exact,
@@ -156,56 +161,86 @@ def test_a_gradient_that_native_has_not_is_refused(which):
 # ---- torch.library --------------------------------------------------------------------------
 
 OPS = torch.ops.fastdiff
-GIVEN, ADDRESS = ([], None, None, None), ([5, 2, 0], None, None, None)
-ADDRESSES = ([5, 2, 0], torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]), torch.tensor([7, 8, 9]))
-SIZES = (3, 2, 4, 5)
+SIZES, WIDE = (3, 2, 4, 5), (3, 4, 4, 5)
+CHECKS = ("schema", "autograd_registration", "faketensor", "aot_dispatch_static", "aot_dispatch_dynamic")
 
 
-def noises(shape=SIZES):
-    """Noise as the schemas take it: given, at one address, at one per sample."""
-    return {"given": (randn(shape, 9), *GIVEN), "drawn": (None, *ADDRESS), "addresses": (None, *ADDRESSES)}
+def noise_of(source, layout="contiguous"):
+    """Noise as the schemas take it: none, given, at one address, at one per sample."""
+    given = lay_out(randn(SIZES, 9), layout) if source == "given" else None
+    each = [torch.tensor(v) if source == "addresses" else None for v in ([1, 2, 3], [4, 5, 6], [7, 8, 9])]
+    return given, [5, 2, 0] if source in ("drawn", "addresses") else [], *each
 
 
-def opcheck_samples():
-    last = torch.channels_last
-    for name, noise in noises().items():
-        for grad in (False, True):
-            x0, output = (randn(SIZES, i).requires_grad_(grad) for i in (0, 1))
-            each = [randn((3,), i).requires_grad_(grad) for i in (2, 3, 4)]
-            yield f"add_noise {name} {grad}", OPS.add_noise, (x0, *each[:2], *noise)
-            yield f"diffusion_loss {name} {grad}", OPS.diffusion_loss, (output, x0, *each, *BOUND, *noise)
-        x0 = randn(SIZES, 0).to(memory_format=last)
-        each = [randn((3,), i) for i in (2, 3, 4)]
-        yield f"add_noise {name} last", OPS.add_noise, (x0, torch.tensor(0.5), torch.tensor(0.25), *noise)
-        wide = randn((3, 4, 4, 5), 1, BF16).to(memory_format=last)
-        yield f"diffusion_loss {name} wide", OPS.diffusion_loss, (wide, x0, *each, *BOUND, *noise)
-        backward = OPS.diffusion_loss_backward
-        yield f"backward {name}", backward, (each[0], wide, x0, *each, *BOUND, *noise)
-        yield f"backward {name} narrow", backward, (each[0], randn(SIZES, 1, F16), x0, *each, *BOUND, *noise)
-        table, h = random_table(3, 0, F32), [randn(SIZES, i) for i in (5, 6)]
-        new = [torch.empty(SIZES) for _ in range(4)]
-        rows = torch.tensor([0, 2, 1])
-        alone = (None, [], None, *noise, new[0], None, None, None, None)
-        full = (x0 + 1, h, x0 + 2, *noise, *new, torch.empty(SIZES, dtype=BF16).to(memory_format=last))
-        yield f"affine_step {name}", OPS.affine_step, (x0, x0 + 3, table, 1, None, *alone)
-        yield f"affine_step {name} full", OPS.affine_step, (x0, x0 + 3, table, 0, rows, *full)
-    for dtype in (F32, BF16):
-        for w in (torch.tensor(2.0), randn((3,), 2)):
-            cond, uncond = randn(SIZES, 0, dtype), randn(SIZES, 1, dtype)
-            yield f"guide {dtype} {w.ndim}", OPS.guide, (cond, uncond, w, torch.empty_like(cond))
+def leaves(grad, *tensors):
+    return [t.requires_grad_(grad) for t in tensors]
 
 
-BOUND = (None,) if "bound" in str(OPS.diffusion_loss.default._schema) else ()
-SAMPLES = {name: (op, inputs) for name, op, inputs in opcheck_samples()}
+def numbers(each, *seeds):
+    """Float32 numbers per sample, or float64 ones for all of them, as the contracts pass them on."""
+    return [randn((3,), i) if each else randn((), i, F64) for i in seeds]
+
+
+def sample_add_noise(layout, source, each, grad, dtype):
+    return *leaves(grad, lay_out(randn(SIZES, 0, dtype), layout), *numbers(each, 2, 3)), *noise_of(source, layout)
+
+
+def loss_inputs(form, layout="contiguous", source="given", grad=False, dtype=F32):
+    """Arguments of the loss; its output is as x0, or twice as wide with a bound of its second half or without."""
+    output = lay_out(randn(SIZES if form == "narrow" else WIDE, 1, dtype), layout)
+    given = leaves(grad, output, lay_out(randn(SIZES, 0), layout), *numbers(True, 2, 3, 4))
+    return *given, bounds(3, 5) if form == "bounded" else None, *noise_of(source, layout)
+
+
+def sample_guide(layout, each, dtype, into):
+    cond, uncond = (lay_out(randn(SIZES, i, dtype), layout) for i in (0, 1))
+    return cond, uncond, *numbers(each, 2), lay_out(torch.empty(SIZES, dtype=dtype), into)
+
+
+def sample_affine_step(layout, source, each, parts):
+    wide = parts in ("learned", "full")
+    x, anchor, h1, h2 = (lay_out(randn(SIZES, i), layout) for i in range(4))
+    output, uncond = (lay_out(randn(WIDE if wide else SIZES, i), layout) for i in (4, 5))
+    new = [torch.empty(SIZES) for _ in range(4)]
+    more = (None, [], None), (new[0], None, None, None, None)
+    if parts == "guided":
+        more = (uncond, [h1], None), (new[0], new[1], new[2], None, None)
+    if parts == "full":
+        more = (uncond, [h1, h2], anchor), (*new, lay_out(torch.empty(SIZES, dtype=BF16), "channels_last"))
+    row = 0 if each else 1, torch.tensor([0, 2, 1]) if each else None
+    return x, output, random_table(3, 0, F32, wide), *row, *more[0], *noise_of(source, layout), *more[1]
+
+
+LAID, SOURCES, EACH = ("contiguous", "channels_last", "sliced"), ("given", "drawn", "addresses"), (False, True)
+COMBINED = {  # op: its inputs, by every combination of the choices
+    "add_noise": (sample_add_noise, LAID, SOURCES, EACH, (False, True), (F32, BF16)),
+    "diffusion_loss": (loss_inputs, ("narrow", "wide", "bounded"), LAID, SOURCES, (False, True), (F32, BF16)),
+    "guide": (sample_guide, LAID, EACH, (F32, F16, F64), LAID[:2]),
+    "affine_step": (sample_affine_step, LAID, (None, *SOURCES), EACH, ("alone", "learned", "guided", "full")),
+}
+
+
+def combinations():
+    """All of them are slow, but for eight of an op."""
+    for op, (inputs, *choices) in COMBINED.items():
+        every = list(itertools.product(*choices))
+        random.Random(op).shuffle(every)
+        for i, choice in enumerate(every):
+            name = " ".join(map(str, (op, *choice)))
+            yield pytest.param(op, lambda f=inputs, c=choice: f(*c), id=name, marks=[pytest.mark.slow] * (i >= 8))
+    for (form, layout, dtype), source in itertools.product(
+        [("narrow", "contiguous", F16), ("wide", "channels_last", BF16)], SOURCES
+    ):
+        inputs = partial(loss_inputs, form, layout, source, dtype=dtype)
+        name = f"diffusion_loss_backward {form} {source}"
+        yield pytest.param("diffusion_loss_backward", lambda f=inputs: (randn((3,), 6), *f()), id=name)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own
-@pytest.mark.parametrize("sample", SAMPLES)
-def test_opcheck(sample):
-    op, inputs = SAMPLES[sample]
-    verdict = torch.library.opcheck(op, inputs)
-    assert set(verdict.values()) == {"SUCCESS"}
-    assert len(verdict) == 4
+@pytest.mark.parametrize(("op", "inputs"), list(combinations()))
+def test_opcheck(op, inputs):
+    verdict = torch.library.opcheck(getattr(OPS, op), inputs(), test_utils=[f"test_{check}" for check in CHECKS])
+    assert verdict == dict.fromkeys((f"test_{check}" for check in CHECKS), "SUCCESS")
 
 
 # ---- torch.compile --------------------------------------------------------------------------

@@ -11,7 +11,8 @@
 namespace fastdiff {
 namespace {
 
-constexpr int64_t TILE = 2048;           // elements of a tile at most, a multiple of four
+constexpr int64_t TILE = 1024;            // elements of a tile at most, a multiple of four
+constexpr int64_t LONG = 32768;           // or so many where no buffer is needed
 constexpr int64_t WORTH_A_THREAD = 8192;  // elements below which another thread costs more than it brings
 
 struct alignas(64) Buffer {
@@ -131,6 +132,10 @@ inline void store(const Space& space, const Operand& operand, const Tile& tile, 
 
 #define FOR(i, n) _Pragma("GCC ivdep") for (int64_t i = 0; i < (n); ++i)
 
+inline bool all_flat(std::initializer_list<const Operand*> operands) {
+  return std::all_of(operands.begin(), operands.end(), [](const Operand* each) { return !each->data || each->flat; });
+}
+
 // Whether a store is soon followed by loads that agree with it in the last twelve bits of their address, for which the
 // processor makes them wait. Tensors that were allocated one after the other lie so; a walk from the last element to
 // the first has those loads behind it.
@@ -148,7 +153,7 @@ inline bool in_the_way(const Space& space, std::initializer_list<const Operand*>
 constexpr int64_t LINES = 64;  // elements made aside before they are written: a few cache lines
 
 template <int N, typename F>
-inline __attribute__((always_inline)) void emit_lines(int64_t begin, int64_t n, const Sink (&sinks)[N], const F& f) {
+inline __attribute__((always_inline)) void emit_lines(int64_t begin, int64_t n, const Sink* sinks, const F& f) {
   alignas(64) float made[N][LINES];
   FOR(i, n) f(begin + i, [&](int k, float value) { made[k][i] = value; });
   for (int k = 0; k < N; ++k) {
@@ -163,17 +168,17 @@ inline __attribute__((always_inline)) void emit_lines(int64_t begin, int64_t n, 
 // Runs f(i, put) for every element of a tile; put(k, value) gives sink k its value. A few lines at a time are made
 // aside where results go past the caches, so that reading goes on meanwhile, and on the way down.
 template <int N, typename F>
-inline void emit(const Tile& tile, const Sink (&sinks)[N], F f) {
+inline __attribute__((always_inline)) void emit(const Tile& tile, const Sink* sinks, const F& f) {
   const int64_t n = tile.count;
   bool past = false;
-  for (const Sink& each : sinks) past = past || each.past;
+  for (int k = 0; k < N; ++k) past = past || sinks[k].past;
   const int64_t whole = n / LINES * LINES;
   if (past) {
-    for (int64_t begin = 0; begin < whole; begin += LINES) emit_lines(begin, LINES, sinks, f);
-    emit_lines(whole, n - whole, sinks, f);
+    for (int64_t begin = 0; begin < whole; begin += LINES) emit_lines<N>(begin, LINES, sinks, f);
+    emit_lines<N>(whole, n - whole, sinks, f);
   } else if (tile.down) {
-    emit_lines(whole, n - whole, sinks, f);
-    for (int64_t begin = whole - LINES; begin >= 0; begin -= LINES) emit_lines(begin, LINES, sinks, f);
+    emit_lines<N>(whole, n - whole, sinks, f);
+    for (int64_t begin = whole - LINES; begin >= 0; begin -= LINES) emit_lines<N>(begin, LINES, sinks, f);
   } else {
     float* to[N];
     for (int k = 0; k < N; ++k) to[k] = sinks[k].to;
@@ -208,25 +213,34 @@ inline const float* noise_of(const Space& space, const Noise& noise, const Tile&
   return buffer.v;
 }
 
-// Runs f(tile) for every tile of every sample.
+// The elements of a tile: few where buffers hold them, else many, in equal parts for all threads.
+inline int64_t length_of_tiles(const Space& space, int team, bool direct) {
+  if (!direct) return TILE;
+  const int64_t sharers = space.samples == 1 ? team : 1, whole = sharers * LONG;
+  const int64_t tiles = sharers * std::max<int64_t>(1, (space.elements + whole - 1) / whole);
+  return ((space.elements + tiles - 1) / tiles + LINES) / LINES * LINES;
+}
+
+// Runs f(tile) for every tile of every sample. `direct`: it needs no buffer, for all operands are flat.
 template <typename F>
-inline void for_tiles(const Space& space, int threads, bool down, F f) {
-  const int64_t tiles = (space.elements + TILE - 1) / TILE, total = space.samples * tiles;
+inline void for_tiles(const Space& space, int threads, bool down, bool direct, F f) {
   const int64_t worth = space.samples * space.elements / WORTH_A_THREAD;
   const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));
+  const int64_t length = length_of_tiles(space, team, direct);
+  const int64_t tiles = (space.elements + length - 1) / length, total = space.samples * tiles;
 #pragma omp parallel num_threads(team) if (team > 1)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < total; ++i) {
-      const int64_t at = down ? total - 1 - i : i, begin = at % tiles * TILE;
-      f(Tile{at / tiles, begin, std::min(TILE, space.elements - begin), down});
+      const int64_t at = down ? total - 1 - i : i, begin = at % tiles * length;
+      f(Tile{at / tiles, begin, std::min(length, space.elements - begin), down});
     }
     if (space.streamed) wait_for_stores();
   }
 }
 
 void normal(const Normal& op, int threads) {
-  for_tiles(op.space, threads, false, [&](const Tile& tile) {
+  for_tiles(op.space, threads, false, false, [&](const Tile& tile) {
     Buffer buffer;
     const bool whole = op.result.flat && op.noise.element.flat && tile.count % 4 == 0 && !op.space.streamed;
     if (whole) {
@@ -239,76 +253,75 @@ void normal(const Normal& op, int threads) {
 
 void add_noise(const AddNoise& op, int threads) {
   const bool down = in_the_way(op.space, {&op.result}, {&op.x0, &op.noise.given});
-  for_tiles(op.space, threads, down, [&](const Tile& tile) {
+  const bool direct = !op.noise.drawn && all_flat({&op.result, &op.x0, &op.noise.given});
+  for_tiles(op.space, threads, down, direct, [&](const Tile& tile) {
     Buffer bx, bz, by;
     const float alpha = of_sample(op.alpha, tile.sample), sigma = of_sample(op.sigma, tile.sample);
     const float* x0 = fetch(op.space, op.x0, tile, bx);
     const float* z = noise_of(op.space, op.noise, tile, bz);
     const Sink y = sink(op.space, op.result, tile, by);
-    emit<1>(tile, {y}, [=](int64_t i, auto put) { put(0, alpha * x0[i] + sigma * z[i]); });
+    emit<1>(tile, &y, [=](int64_t i, auto put) { put(0, alpha * x0[i] + sigma * z[i]); });
     store(op.space, op.result, tile, y.to);
   });
 }
 
 void guide(const Guide& op, int threads) {
   const bool down = in_the_way(op.space, {&op.result}, {&op.cond, &op.uncond});
-  for_tiles(op.space, threads, down, [&](const Tile& tile) {
+  const bool direct = all_flat({&op.result, &op.cond, &op.uncond});
+  for_tiles(op.space, threads, down, direct, [&](const Tile& tile) {
     Buffer bc, bu, by;
     const float scale = of_sample(op.scale, tile.sample);
     const float* cond = fetch(op.space, op.cond, tile, bc);
     const float* uncond = fetch(op.space, op.uncond, tile, bu);
     const Sink y = sink(op.space, op.result, tile, by);
-    emit<1>(tile, {y}, [=](int64_t i, auto put) { put(0, uncond[i] + scale * (cond[i] - uncond[i])); });
+    emit<1>(tile, &y, [=](int64_t i, auto put) { put(0, uncond[i] + scale * (cond[i] - uncond[i])); });
     store(op.space, op.result, tile, y.to);
   });
 }
 
 inline float clamp(float x, float bound) { return x < -bound ? -bound : x > bound ? bound : x; }
 
-// What one pass over a tile reads; uncond and the youngest history vector may be absent.
+// What one pass over a tile reads; all but x and output may be absent.
 struct Sources {
-  const float *x, *output, *uncond, *history;
+  const float *x, *output, *uncond, *history, *noise;
 };
 
 // Guidance, conversion, clamp and update in one pass, to x', x0 and (N = 3) the push. Everything of an element is read
 // before anything is written: results may lie over arguments.
-template <bool GUIDED, bool HISTORY, int N>
-void combine(const Row& row, const Tile& tile, const Sources& from, const Sink (&to)[3]) {
-  const Sources s = from;
-  const Row r = row;
-  const auto element = [=](int64_t i, auto put) {
-    const float x = s.x[i];
-    float prediction = s.output[i];
-    if (GUIDED) prediction = s.uncond[i] + r.w * (prediction - s.uncond[i]);
-    const float x0 = clamp(r.p * x + r.q * prediction, r.clip);
-    float next = r.a * x + r.b * x0;
-    if (HISTORY) next = next + r.c[0] * s.history[i];
+template <bool GUIDED, bool HISTORY, bool NOISY, int N>
+void combine(const Row& r, const Tile& tile, const Sources& s, const Sink* to) {
+  const float *x = s.x, *output = s.output, *uncond = s.uncond, *history = s.history, *noise = s.noise;
+  const float w = r.w, p = r.p, q = r.q, clip = r.clip, a = r.a, b = r.b, c = r.c[0], std = r.s, u = r.u, v = r.v;
+  emit<N>(tile, to, [=](int64_t i, auto put) {
+    const float state = x[i];
+    float prediction = output[i];
+    if (GUIDED) prediction = uncond[i] + w * (prediction - uncond[i]);
+    const float x0 = clamp(p * state + q * prediction, clip);
+    float next = a * state + b * x0;
+    if (HISTORY) next = next + c * history[i];
+    if (NOISY) next = next + std * noise[i];
     put(0, next);
     if (N > 1) put(1, x0);
-    if (N > 2) put(2, r.u * x + r.v * x0);
-  };
-  Sink sinks[N];
-  std::copy(to, to + N, sinks);
-  emit<N>(tile, sinks, element);
+    if (N > 2) put(2, u * state + v * x0);
+  });
 }
 
-template <bool GUIDED, bool HISTORY>
-void combine(int results, const Row& r, const Tile& tile, const Sources& from, const Sink (&to)[3]) {
-  if (results == 1) return combine<GUIDED, HISTORY, 1>(r, tile, from, to);
-  if (results == 2) return combine<GUIDED, HISTORY, 2>(r, tile, from, to);
-  combine<GUIDED, HISTORY, 3>(r, tile, from, to);
-}
+using Combine = void (*)(const Row&, const Tile&, const Sources&, const Sink*);
 
-inline void combine(int results, const Row& r, const Tile& tile, const Sources& from, const Sink (&to)[3]) {
-  if (from.uncond)
-    from.history ? combine<true, true>(results, r, tile, from, to) : combine<true, false>(results, r, tile, from, to);
-  else
-    from.history ? combine<false, true>(results, r, tile, from, to) : combine<false, false>(results, r, tile, from, to);
+template <bool GUIDED, bool HISTORY, bool NOISY>
+constexpr Combine COMBINE[] = {combine<GUIDED, HISTORY, NOISY, 1>, combine<GUIDED, HISTORY, NOISY, 2>,
+                               combine<GUIDED, HISTORY, NOISY, 3>};
+
+inline void combine(int results, const Row& r, const Tile& tile, const Sources& from, const Sink* to) {
+  static constexpr const Combine* table[] = {
+      COMBINE<false, false, false>, COMBINE<false, false, true>, COMBINE<false, true, false>, COMBINE<false, true, true>,
+      COMBINE<true, false, false>,  COMBINE<true, false, true>,  COMBINE<true, true, false>,  COMBINE<true, true, true>};
+  const int which = (from.uncond ? 4 : 0) + (from.history ? 2 : 0) + (from.noise ? 1 : 0);
+  table[which][results - 1](r, tile, from, to);
 }
 
 // next += std z, std per element where the variance is learned.
-inline void add_noise_to(float* next, const AffineStep& op, const Row& r, const Tile& tile, Buffer& bz, Buffer& bv) {
-  const float* z = noise_of(op.space, op.noise, tile, bz);
+inline void add_noise_to(float* next, const AffineStep& op, const Row& r, const Tile& tile, const float* z, Buffer& bv) {
   if (!op.fraction.data) {
     FOR(i, tile.count) next[i] += r.s * z[i];
     return;
@@ -328,18 +341,21 @@ inline void add_anchor_to(float* next, const AffineStep& op, const Row& r, const
   FOR(i, tile.count) buffer.v[i] = r.k * anchor[i] + r.m * x[i] + r.n * x0[i];
 }
 
+// Whether something comes between the first pass over a tile and the noise, or gives it its size.
+inline bool noise_is_late(const AffineStep& op) { return op.history[1].data || op.anchor.data || op.fraction.data; }
+
 void affine_tile(const AffineStep& op, const Tile& tile) {
   const Space& space = op.space;
   const int64_t n = tile.count, row = of_sample(op.row, tile.sample);
   if (row < 0 || row >= op.rows) return;
-  Row r;
-  memcpy(&r, op.table + row * LETTERS, sizeof r);
-  Buffer bx, bo, bu, bh, ba, bx0, bnext, bpush;
-  const bool noisy = op.noise.drawn || op.noise.given.data, anchored = op.anchor.data;
-  const bool more = op.history[1].data || anchored || noisy || op.input.data;  // after the first pass
-  const Sources from = {fetch(space, op.x, tile, bx), fetch(space, op.output, tile, bo),
-                        op.uncond.data ? fetch(space, op.uncond, tile, bu) : nullptr,
-                        op.history[0].data ? fetch(space, op.history[0], tile, bh) : nullptr};
+  const Row& r = *reinterpret_cast<const Row*>(op.table + row * LETTERS);
+  Buffer bx, bo, bu, bh, bz, ba, bx0, bnext, bpush;
+  const bool anchored = op.anchor.data, late = noise_is_late(op), more = late || op.input.data;  // after the first pass
+  Sources from = {fetch(space, op.x, tile, bx), fetch(space, op.output, tile, bo),
+                  op.uncond.data ? fetch(space, op.uncond, tile, bu) : nullptr,
+                  op.history[0].data ? fetch(space, op.history[0], tile, bh) : nullptr, nullptr};
+  const float* z = op.noise.drawn || op.noise.given.data ? noise_of(space, op.noise, tile, bz) : nullptr;
+  if (!late) from.noise = z;
   // Results are made aside where more is added to them, or read that they may lie over.
   const Sink to[3] = {sink(space, op.next, tile, bnext, more), sink(space, op.x0, tile, bx0, anchored),
                       sink(space, op.push, tile, bpush, more)};
@@ -350,7 +366,7 @@ void affine_tile(const AffineStep& op, const Tile& tile) {
     FOR(i, n) next[i] += r.c[j] * h[i];
   }
   if (anchored) add_anchor_to(next, op, r, tile, from.x, x0, ba);
-  if (noisy) add_noise_to(next, op, r, tile, bh, bo);
+  if (late && z) add_noise_to(next, op, r, tile, z, bo);
   store(space, op.next, tile, next);
   store(space, op.x0, tile, x0);
   store(space, op.push, tile, to[2].to);
@@ -364,7 +380,9 @@ void affine_tile(const AffineStep& op, const Tile& tile) {
 
 void affine_step(const AffineStep& op, int threads) {
   const bool down = in_the_way(op.space, {&op.next, &op.x0, &op.push}, {&op.x, &op.output, &op.uncond, op.history});
-  for_tiles(op.space, threads, down, [&](const Tile& tile) { affine_tile(op, tile); });
+  const bool direct = !op.noise.drawn && !noise_is_late(op) && !op.input.data &&
+                      all_flat({&op.x, &op.output, &op.uncond, op.history, &op.noise.given, &op.next, &op.x0, &op.push});
+  for_tiles(op.space, threads, down, direct, [&](const Tile& tile) { affine_tile(op, tile); });
 }
 
 // What the loss reads of a tile.
@@ -409,7 +427,7 @@ inline double sum(int64_t n, F value) {
 void diffusion_loss(const DiffusionLoss& op, int threads) {
   const int64_t tiles = (op.space.elements + TILE - 1) / TILE;
   std::vector<double> partial(size_t(op.space.samples * tiles));
-  for_tiles(op.space, threads, false, [&](const Tile& tile) {
+  for_tiles(op.space, threads, false, false, [&](const Tile& tile) {
     const LossTile t(op, tile);
     const auto square = [&](int64_t i) { return t.difference(i) * t.difference(i); };
     double loss = of_sample(op.weight, tile.sample) * sum(tile.count, square);
@@ -424,13 +442,13 @@ void diffusion_loss(const DiffusionLoss& op, int threads) {
 }
 
 void diffusion_loss_backward(const DiffusionLoss& op, int threads) {
-  for_tiles(op.space, threads, false, [&](const Tile& tile) {
+  for_tiles(op.space, threads, false, false, [&](const Tile& tile) {
     const LossTile t(op, tile);
     Buffer buffer;
     const float each = of_sample(op.grad, tile.sample) / float(op.space.elements);
     const float scale = 2.0f * of_sample(op.weight, tile.sample) * each, bound = t.k.weight * each;
     const Sink gradient = sink(op.space, op.gradient, tile, buffer);
-    emit<1>(tile, {gradient}, [&](int64_t i, auto put) { put(0, scale * t.difference(i)); });
+    emit<1>(tile, &gradient, [&](int64_t i, auto put) { put(0, scale * t.difference(i)); });
     store(op.space, op.gradient, tile, gradient.to);
     if (!op.bound) return;
     FOR(i, tile.count) buffer.v[i] = bound * t.divergence(i).slope;
