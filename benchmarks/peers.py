@@ -113,3 +113,15 @@ def _diffusers_add_noise(timesteps: Tensor, draws: bool) -> Bind:
     if draws:
         return lambda arrays: lambda: add_noise(arrays.reads[0], torch.randn_like(arrays.reads[0]), timesteps)
     return lambda arrays: partial(add_noise, *arrays.reads, timesteps)
+
+
+def diffusers_objective(timesteps: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A training step's noising and the loss of its v-prediction, as diffusers' examples write it."""
+    scheduler = make_scheduler("DDPM", timesteps.device)
+
+    def objective(output: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+        noise = torch.randn_like(x0)
+        noisy, target = scheduler.add_noise(x0, noise, timesteps), scheduler.get_velocity(x0, noise, timesteps)
+        return noisy, torch.nn.functional.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+
+    return objective

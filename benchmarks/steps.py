@@ -57,8 +57,8 @@ def noise_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
 
 
 def loss_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
-    yield loss(shape, device, drawn=False)
-    yield loss(shape, device, drawn=True)
+    yield loss(shape, device)
+    yield objective(shape, device)
 
 
 def host_cases(device: torch.device) -> Iterator[Case]:
@@ -229,61 +229,93 @@ def levels(timesteps: Tensor) -> tuple[Tensor, Tensor]:
 # ---- the loss ---------------------------------------------------------------------------------
 
 
-def loss(shape: Shape, device: torch.device, *, drawn: bool) -> Case:
-    """Forward and backward of a v-prediction; drawn noise is made twice by ours and kept by the peers."""
-    alpha, sigma = levels(make_timesteps(shape, device))
-    at = -sigma, alpha, torch.ones_like(alpha)
+def loss(shape: Shape, device: torch.device) -> Case:
+    """Forward and backward of a v-prediction: three arrays are read and what the gradient is made of is written, which
+    the other pass reads and writes again."""
+    at = target_levels(shape, device)
     formula = partial(squared_error, *at)
-    noise = {"seed": SEED, "step": ROW} if drawn else {}
-    truth = partial(squared_error, *at, noise=partial(address_noise, Stream.TRAINING, ROW)) if drawn else formula
     return Case(
-        name=_name(f"diffusion_loss fwd+bwd {'own' if drawn else 'given'} noise", shape, True),
+        name=_name("diffusion_loss fwd+bwd given noise", shape, True),
         shape=shape,
         reads=3,
         writes=1,
-        ours=lambda arrays: partial(with_gradient, partial(our_loss, at, noise), arrays),
-        formula=partial(with_gradient, truth),
-        peers=tuple(loss_peers(formula, None if drawn else 1e-5)),
-        moves=(4, 1) if drawn else (6, 1),
+        ours=lambda arrays: partial(with_gradient, partial(our_loss, at), arrays),
+        formula=partial(with_gradient, formula),
+        peers=tuple(loss_peers(formula, 1e-5)),
+        moves=(4, 2),
     )
 
 
-def loss_peers(formula: Callable[..., Tensor], tolerance: float | None) -> Iterator[Peer]:
+def objective(shape: Shape, device: torch.device) -> Case:
+    """The training objective as it is used, with noise of its own: noising reads one array and writes one, the loss
+    reads two and writes one, the backward pass reads one and writes one."""
+    timesteps, at = make_timesteps(shape, device), target_levels(shape, device)
+    formula = partial(noising_and_loss, levels(timesteps), at)
+    truth = partial(formula, partial(address_noise, Stream.TRAINING, ROW))
+    from_diffusers = Peer("diffusers", partial(_diffusers_objective, timesteps), None)
+    return Case(
+        name=_name("objective own noise (add_noise + diffusion_loss fwd+bwd)", shape, True),
+        shape=shape,
+        reads=2,
+        writes=1,
+        ours=lambda arrays: partial(with_gradient, partial(our_objective, levels(timesteps), at), arrays),
+        formula=partial(with_gradient, truth),
+        peers=(*loss_peers(partial(formula, torch.randn_like), None), from_diffusers),
+        moves=(4, 3),
+    )
+
+
+def loss_peers(formula: Callable[..., Outputs], tolerance: float | None) -> Iterator[Peer]:
     yield peers.eager("torch formula", partial(with_gradient, formula), tolerance)
     yield Peer("torch.compile", partial(_compiled_loss, formula), tolerance, slow=True)
 
 
-def _compiled_loss(formula: Callable[..., Tensor]) -> Bind:
+def _compiled_loss(formula: Callable[..., Outputs]) -> Bind:
     torch.compiler.reset()
     run = torch.compile(formula, fullgraph=True, dynamic=False)
     return lambda arrays: partial(with_gradient, run, arrays)
 
 
+def _diffusers_objective(timesteps: Tensor) -> Bind:
+    run = peers.diffusers_objective(timesteps)
+    return lambda arrays: partial(with_gradient, run, arrays)
+
+
 @torch.enable_grad()
-def with_gradient(per_sample: Callable[..., Tensor], arrays: Arrays) -> Outputs:
+def with_gradient(run: Callable[..., Outputs], arrays: Arrays) -> Outputs:
+    """What is made of an output and others, the loss last, and the loss's gradient."""
     output, *rest = arrays.reads
     leaf = output.detach().requires_grad_()
-    values = per_sample(leaf, *rest)
-    return values.detach(), *torch.autograd.grad(values.sum(), leaf)
+    *others, values = run(leaf, *rest)
+    return *others, values.detach(), *torch.autograd.grad(values.sum(), leaf)
 
 
-def our_loss(at: Outputs, noise: dict[str, Any], output: Tensor, x0: Tensor, given: Tensor) -> Tensor:
-    return fd.ops.diffusion_loss(output, x0, *at, **(noise or {"noise": given}))
+def our_loss(at: Outputs, output: Tensor, x0: Tensor, noise: Tensor) -> Outputs:
+    return (fd.ops.diffusion_loss(output, x0, *at, noise),)
 
 
-def squared_error(
-    f: Tensor,
-    g: Tensor,
-    weight: Tensor,
-    output: Tensor,
-    x0: Tensor,
-    given: Tensor,
-    noise: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    z = given if noise is None else noise(x0)
+def our_objective(scales: Outputs, at: Outputs, output: Tensor, x0: Tensor) -> Outputs:
+    place: dict[str, Any] = {"seed": SEED, "step": ROW}
+    return fd.ops.add_noise(x0, *scales, **place), fd.ops.diffusion_loss(output, x0, *at, **place)
+
+
+def noising_and_loss(
+    scales: tuple[Tensor, Tensor], at: Outputs, make_noise: Callable[[Tensor], Tensor], output: Tensor, x0: Tensor
+) -> Outputs:
+    noise = make_noise(x0)
+    return *noised(*scales, Arrays((x0, noise), ())), *squared_error(*at, output, x0, noise)
+
+
+def squared_error(f: Tensor, g: Tensor, weight: Tensor, output: Tensor, x0: Tensor, noise: Tensor) -> Outputs:
     f, g, weight = (value.to(x0.dtype) for value in (f, g, weight))
-    target = f.reshape(-1, 1, 1, 1) * x0 + g.reshape(-1, 1, 1, 1) * z
-    return weight * (output - target).square().flatten(1).mean(1)
+    target = f.reshape(-1, 1, 1, 1) * x0 + g.reshape(-1, 1, 1, 1) * noise
+    return (weight * (output - target).square().flatten(1).mean(1),)
+
+
+def target_levels(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """f, g and weight of a v-prediction."""
+    alpha, sigma = levels(make_timesteps(shape, device))
+    return -sigma, alpha, torch.ones_like(alpha)
 
 
 def _name(op: str, shape: Shape, new: bool) -> str:

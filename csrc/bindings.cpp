@@ -95,18 +95,25 @@ class Plan {
   // A tensor that is written, or None: dense, and apart from all that was added before it, unless it is exactly one of
   // those that it may lie over.
   void add_result(Operand& operand, py::handle object, const char* name,
-                  std::initializer_list<const Operand*> may_lie_over = {}, bool wide = false) {
+                  std::initializer_list<const Operand*> may_lie_over = {}) {
     if (absent(object)) return;
     const Tensor tensor = tensor_of(object, name);
     if (!is_dense(tensor)) refuse(std::string(name) + " must be contiguous or channels-last");
-    const int before = taken_count_;
-    add(operand, object, tensor, name, 0, wide);
+    add(operand, object, tensor, name, 0, false);
     const auto lies_over = [&](const Operand* other) { return other && other->data && same_place(operand, *other); };
     const bool allowed = std::any_of(may_lie_over.begin(), may_lie_over.end(), lies_over);
-    const Piece& piece = taken_[before];
-    for (const Piece* other = taken_; other != &piece; ++other)
-      if (piece.low < other->high && other->low < piece.high && !(allowed && lies_over(other->operand)))
-        refuse(std::string(name) + " shares memory with another argument");
+    check_apart(name, [&](const Operand* other) { return allowed && lies_over(other); });
+  }
+
+  // The result of a reduction, one float32 for each sample.
+  float* add_result(const Tensor& tensor, const char* name) {
+    check_device(tensor, name);
+    if (tensor.ndim != 1 || tensor.shape[0] != samples_ || type_of(tensor, name) != Type::f32 ||
+        (samples_ > 1 && tensor.strides[0] != 1))
+      refuse(std::string(name) + " must be contiguous float32, one per sample");
+    take(tensor);
+    check_apart(name, [](const Operand*) { return false; });
+    return reinterpret_cast<float*>(tensor.data());
   }
 
   void add_noise(Noise& noise, py::handle object);
@@ -243,6 +250,15 @@ class Plan {
     for (int d = 0; d < tensor.ndim; ++d) elements *= tensor.shape[d], last += (tensor.shape[d] - 1) * tensor.strides[d];
     const int64_t size = tensor.dtype.bits / 8;
     taken_[taken_count_++] = {tensor.data(), tensor.data() + (elements ? (last + 1) * size : 0), operand};
+  }
+
+  // What was taken last shares no memory with what was taken before it, where that is not allowed.
+  template <typename F>
+  void check_apart(const char* name, F allowed) const {
+    const Piece& last = taken_[taken_count_ - 1];
+    for (const Piece* other = taken_; other != &last; ++other)
+      if (last.low < other->high && other->low < last.high && !allowed(other->operand))
+        refuse(std::string(name) + " shares memory with another argument");
   }
 
   // The bytes from the first to behind the last element of an argument.
@@ -414,50 +430,37 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
   run(op, plan.device(), threads, kernels->affine_step, ON_CUDA(affine_step));
 }
 
-// What both directions of the loss are given.
-void add_loss(DiffusionLoss& op, Plan& plan, const Tensor& lead, py::handle output, py::handle x0, py::handle f,
-              py::handle g, py::handle weight, py::handle bound, py::handle noise) {
+// The bounds of the samples, or null.
+const Bound* bounds(Plan& plan, py::handle bound, bool wide) {
+  if (absent(bound)) return nullptr;
+  if (!wide && plan.elements()) refuse("a bound needs an output of twice the channels");
+  return reinterpret_cast<const Bound*>(
+      plan.matrix(tensor_of(bound, "bound"), plan.samples(), BOUND_LETTERS, "bound"));
+}
+
+// `residual` may be None. `sums` are float32 [N, chunks] on a CUDA device, where the blocks of a sample meet.
+void diffusion_loss_(py::handle output, py::handle x0, py::handle f, py::handle g, py::handle weight,
+                     py::handle bound, py::handle noise, py::handle loss, py::handle residual, py::handle slope,
+                     py::handle sums, int threads) {
+  DiffusionLoss op;
+  const Tensor lead = tensor_of(x0, "x0");
+  Plan plan(lead, is_address(noise));
   const bool wide = is_wide(output, lead);
   plan.add(op.x0, x0, "x0");
   plan.add(op.output, output, "output", 0, wide);
   plan.add_noise(op.noise, noise);
   op.f = plan.scalar(f, "f"), op.g = plan.scalar(g, "g"), op.weight = plan.scalar(weight, "weight");
-  if (absent(bound)) return;
-  if (!wide && plan.elements()) refuse("a bound needs an output of twice the channels");
-  plan.add(op.fraction, output, "output", 1, wide);
-  op.bound = reinterpret_cast<const Bound*>(
-      plan.matrix(tensor_of(bound, "bound"), plan.samples(), BOUND_LETTERS, "bound"));
-}
-
-void diffusion_loss_(py::handle output, py::handle x0, py::handle f, py::handle g, py::handle weight,
-                     py::handle bound, py::handle noise, py::handle loss, int threads) {
-  DiffusionLoss op;
-  const Tensor lead = tensor_of(x0, "x0"), result = tensor_of(loss, "loss");
-  Plan plan(lead, is_address(noise));
-  add_loss(op, plan, lead, output, x0, f, g, weight, bound, noise);
-  plan.check_device(result, "loss");
-  if (result.ndim != 1 || result.shape[0] != plan.samples() || type_of(result, "loss") != Type::f32 ||
-      (plan.samples() > 1 && result.strides[0] != 1))
-    refuse("loss must be contiguous float32, one per sample");
-  op.loss = reinterpret_cast<float*>(result.data());
+  op.bound = bounds(plan, bound, wide);
+  if (op.bound) plan.add(op.fraction, output, "output", 1, wide);
+  plan.add_result(op.residual, residual, "residual");
+  plan.add_result(op.slope, slope, "slope");
+  if (absent(bound) && !absent(slope)) refuse("there is no slope without a bound");
+  op.loss = plan.add_result(tensor_of(loss, "loss"), "loss");
+  if (plan.device().type == CUDA)
+    op.sums = const_cast<float*>(
+        plan.matrix(tensor_of(sums, "sums"), plan.samples(), chunks(plan.elements()), "sums"));
   op.space = plan.space(false);
   run(op, plan.device(), threads, kernels->diffusion_loss, ON_CUDA(diffusion_loss));
-}
-
-void diffusion_loss_backward_(py::handle grad, py::handle output, py::handle x0, py::handle f, py::handle g,
-                              py::handle weight, py::handle bound, py::handle noise, py::handle gradient,
-                              int threads) {
-  DiffusionLoss op;
-  const Tensor lead = tensor_of(x0, "x0");
-  Plan plan(lead, is_address(noise));
-  add_loss(op, plan, lead, output, x0, f, g, weight, bound, noise);
-  const bool wide = is_wide(gradient, lead);
-  plan.add_result(op.gradient, gradient, "gradient", {}, wide);
-  if (op.bound && !wide && plan.elements()) refuse("gradient has the wrong shape");
-  if (op.bound) plan.add(op.fraction_gradient, gradient, "gradient", 1, wide);
-  op.grad = plan.scalar(grad, "grad");
-  op.space = plan.space(false);
-  run(op, plan.device(), threads, kernels->diffusion_loss_backward, ON_CUDA(diffusion_loss_backward));
 }
 
 const uint32_t* words_of(const py::buffer_info& info, int64_t width, int64_t count) {
@@ -522,7 +525,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("guide", guide_);
   m.def("affine_step", affine_step_);
   m.def("diffusion_loss", diffusion_loss_);
-  m.def("diffusion_loss_backward", diffusion_loss_backward_);
+  m.def("chunks", chunks);
   m.def("philox", philox_);
   m.def("level", [] { return kernels->name; });
   m.def("levels", [] {

@@ -90,17 +90,22 @@ struct Bound {
 };
 constexpr int BOUND_LETTERS = sizeof(Bound) / sizeof(float);
 
-// forward: loss [N]; backward: gradients of both halves of the output, with the gradient of the loss in `grad`.
-// `bound` (N of them, or null) adds the bound of the variance that `fraction` stands for.
+// The loss [N], and what its gradient is made of: the differences from the target, and the slopes of the divergences.
+// `bound` (N of them, or null) adds the bound of the variance that `fraction` stands for. `sums` is for the chunks of
+// each sample, on a CUDA device.
 struct DiffusionLoss {
   Space space;
   Operand output, fraction, x0;
-  Scalar f, g, weight, grad;
+  Scalar f, g, weight;
   const Bound* bound = nullptr;
   Noise noise;
-  float* loss = nullptr;
-  Operand gradient, fraction_gradient;
+  float *loss = nullptr, *sums = nullptr;
+  Operand residual, slope;
 };
+
+// How many chunks of a sample's loss are summed apart on a CUDA device.
+constexpr int64_t CHUNK = 16384;
+inline int64_t chunks(int64_t elements) { return elements > CHUNK ? (elements + CHUNK - 1) / CHUNK : 1; }
 
 struct Normal {
   Space space;

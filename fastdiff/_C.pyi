@@ -20,11 +20,20 @@ def affine_step(
     threads: int,
 ) -> None: ...
 def diffusion_loss(
-    output: Any, x0: Any, f: Any, g: Any, weight: Any, noise: Any, result: Any, threads: int
+    output: Any,
+    x0: Any,
+    f: Any,
+    g: Any,
+    weight: Any,
+    bound: Any,
+    noise: Any,
+    result: Any,
+    residual: Any,
+    slope: Any,
+    sums: Any,
+    threads: int,
 ) -> None: ...
-def diffusion_loss_backward(
-    grad: Any, output: Any, x0: Any, f: Any, g: Any, weight: Any, noise: Any, result: Any, threads: int
-) -> None: ...
+def chunks(elements: int) -> int: ...
 def philox(counters: Any, keys: Any, words: Any) -> None: ...
 def level() -> str: ...
 def levels() -> list[str]: ...

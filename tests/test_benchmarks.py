@@ -63,7 +63,7 @@ def test_ours_and_peers_compute_the_formula(case: Case):
 
 def test_every_op_of_the_family_has_cases():
     assert {case.name.split()[0].rstrip(",") for case in CASES} == {
-        "affine_step", "guide", "add_noise", "normal", "diffusion_loss",
+        "affine_step", "guide", "add_noise", "normal", "diffusion_loss", "objective",
     }  # fmt: skip
     assert len({case.name for case in CASES}) == len(CASES)
 
@@ -110,6 +110,7 @@ def test_a_wrong_peer_is_left_out(capsys):
     [
         ((3, 2), ["add", "copy_"]),
         ((4, 2), ["add", "add"]),
+        ((4, 3), ["add", "copy_", "copy_"]),
         ((2, 2), ["copy_", "copy_"]),
         ((2, 1), ["add"]),
         ((1, 1), ["copy_"]),

@@ -74,7 +74,7 @@ def kernels(request, tmp_path_factory):
 
 @needs_nvcc
 def test_kernels_neither_spill_nor_crowd(kernels):
-    assert len(kernels) >= 20
+    assert len(kernels) >= 19
     for name, (registers, stack, body) in kernels.items():
         assert registers <= MAX_REGISTERS, name
         assert stack == 0, name
@@ -82,7 +82,7 @@ def test_kernels_neither_spill_nor_crowd(kernels):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("kernel", ["affine_step", "add_noise", "guide", "backward", "normal"])
+@pytest.mark.parametrize("kernel", ["affine_step", "add_noise", "guide", "loss", "normal"])
 def test_flat_kernels_move_sixteen_bytes_at_a_time(kernels, kernel):
     flat = {
         name: body for name, (_, _, body) in kernels.items() if re.search(rf"{kernel}_kernelI(Lb[01]E)*Lb1EE", name)
@@ -90,7 +90,7 @@ def test_flat_kernels_move_sixteen_bytes_at_a_time(kernels, kernel):
     assert flat, "no flat kernel of that name"
     for name, body in flat.items():
         stores, loads = body.count("STG.E.EF.128"), body.count("LDG.E.128")
-        assert stores >= 1, name
+        assert stores >= (2 if kernel == "loss" else 1), name  # the residual and the slope
         assert loads >= 1 or kernel == "normal", name
 
 

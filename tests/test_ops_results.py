@@ -17,6 +17,7 @@ from op_tools import (
     QUICK,
     THOROUGH,
     assert_same_bits,
+    bounds,
     call_of,
     fence,
     flat,
@@ -44,6 +45,8 @@ def map_parts(result, function):
     """A result with each of its tensors replaced; of the stored vectors only the first is a result."""
     if isinstance(result, torch.Tensor):
         return function(result)
+    if type(result) is tuple:
+        return tuple(map(function, result))
     step = {"history": tuple(map(function, result.history[:1]))}
     for name in ("x", "x0", "anchor", "input"):
         part = getattr(result, name)
@@ -301,26 +304,23 @@ def test_results_that_cannot_be_written_are_refused_by_name(case, each_backend):
 # ---- red zones ------------------------------------------------------------------------------
 
 
-def loss_call(op, shape, seed, network):
-    """A loss through the extension itself, which writes into a tensor it is given: what runs, its tensors, a result."""
+def loss_call(shape, seed, network):
+    """A loss through the extension itself, which writes into tensors it is given: what runs, its tensors, results."""
     tensors = call_of("diffusion_loss", shape, seed, network).tensors
-    names = ["output", "x0", "f", "g", "weight", "bound", "noise"]
-    function, result = _C.diffusion_loss, torch.empty(shape[0])
-    if op == "loss_backward":
-        tensors["grad"] = randn(shape[:1], seed)
-        function, names, result = _C.diffusion_loss_backward, ["grad", *names], torch.empty(shape, dtype=network)
+    output, bound = tensors["output"], bounds(shape[0], seed) if seed % 2 else None
 
-    def run(out, **given):
-        function(*(given.get(name) for name in names), out, 1)
+    def run(output, x0, f, g, weight, noise, out):
+        _C.diffusion_loss(output, x0, f, g, weight, bound, noise, *out, *[None] * (4 - len(out)), 1)
         return out
 
-    return run, tensors, result
+    kept = torch.empty(shape, dtype=output.dtype), torch.empty(shape)
+    return run, tensors, (torch.empty(shape[0]), *kept[: 1 if bound is None else 2])
 
 
 def check_red_zones(op, shape, seed, network, layout, out_layout):
     """From inputs between fences of NaN into results of NaN between fences of 7: the bits of a call without fences."""
-    if op.startswith("loss"):
-        run, tensors, result = loss_call(op, shape, seed, network)
+    if op == "loss":
+        run, tensors, result = loss_call(shape, seed, network)
         more = {"out": result}
     else:
         run, tensors, *_ = call_of(op, shape, seed, network)
@@ -353,7 +353,7 @@ ZONES = {
     "layout": st.sampled_from(["contiguous", "channels_last", "sliced", "transposed", "expanded"]),
     "out_layout": st.sampled_from(["contiguous", "channels_last"]),
 }
-FENCED = [*WRITERS, "loss", "loss_backward"]
+FENCED = [*WRITERS, "loss"]
 
 
 @pytest.mark.parametrize("op", FENCED)

@@ -21,7 +21,7 @@ from fastdiff.ops.triton import bodies, kernels  # noqa: E402
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-KERNELS = ("normal", "add_noise", "guide", "affine_step", "loss_sums", "mean", "loss_backward")
+KERNELS = ("normal", "add_noise", "guide", "affine_step", "loss_sums", "mean")
 N, C, SIDE = 4, 3, 32
 
 
@@ -118,12 +118,9 @@ def everything():
     step(tensor(2 * C), **given, results=vectors)
 
 
-def loss(channels, bound=None):
-    bodies.diffusion_loss(tensor(channels), tensor(), *THREE, bound, ADDRESS, ONES)
-
-
-def loss_backward(channels, bound=None):
-    bodies.diffusion_loss_backward(ONES, tensor(channels), tensor(), *THREE, bound, ADDRESS, tensor(channels))
+def loss(channels, bound=None, kept=True):
+    residual, slope = tensor() if kept else None, tensor() if kept and bound is not None else None
+    bodies.diffusion_loss(tensor(channels), tensor(), *THREE, bound, ADDRESS, ONES, residual, slope)
 
 
 # For each launch: what it does, its 128-bit loads and stores, and its bytes of shared memory at most.
@@ -140,10 +137,11 @@ LAUNCHES = {
     "guide": (lambda: bodies.guide(tensor(), tensor(), 2.0, tensor()), 2, 1, 0),
     "guide channels-last": (lambda: bodies.guide(tensor(**LAST), tensor(**LAST), 2.0, tensor(**LAST)), 2, 1, 0),
     "guide strided": (lambda: bodies.guide(*(torch.zeros(7, 6)[:, ::2],) * 2, 2.0, torch.zeros(7, 3)), 0, 0, 4096),
-    "loss": (lambda: loss(C), 2, 0, 64),
-    "loss backward": (lambda: loss_backward(C), 2, 1, 0),
-    "hybrid loss": (lambda: loss(2 * C, torch.ones(N, 8)), 3, 0, 64),
-    "hybrid loss backward": (lambda: loss_backward(2 * C, torch.ones(N, 8)), 3, 2, 0),
+    "loss": (lambda: loss(C), 2, 1, 64),
+    "loss alone": (lambda: loss(C, kept=False), 2, 0, 64),
+    "loss of half the output": (lambda: loss(2 * C), 2, 1, 64),
+    "hybrid loss": (lambda: loss(2 * C, torch.ones(N, 8)), 3, 2, 64),
+    "hybrid loss alone": (lambda: loss(2 * C, torch.ones(N, 8), kept=False), 3, 0, 64),
     "normal": (lambda: bodies.normal(tensor(), ADDRESS), 0, 1, 0),
     "normal of one element": (lambda: bodies.normal(torch.zeros(3, 1), ADDRESS), 0, 0, 0),
 }

@@ -156,8 +156,11 @@ def loss_arguments(shape, wide, dtype=F32, layout="contiguous"):
     return randn(outputs, 0, dtype, layout), randn(shape, 1, F32, layout), *numbers, bound
 
 
+WIDE_LAYOUTS = pytest.mark.parametrize(("wide", "layout"), list(zip([False, True, True, False], LAYOUTS, strict=False)))
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 0, 4)], ids=str)
-@pytest.mark.parametrize(("wide", "layout"), list(zip([False, True, False, True], LAYOUTS, strict=False)))
+@WIDE_LAYOUTS
 def test_diffusion_loss(shape, wide, layout):
     *arguments, bound = loss_arguments(shape, wide, BF16 if wide else F32, layout)
     bound = bound if shape[1] else None
@@ -170,35 +173,34 @@ def test_diffusion_loss(shape, wide, layout):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0, equal_nan=True)
 
 
+def kept_by(body, output, x0, f, g, weight, bound, source):
+    """The residual and the slope that a body leaves."""
+    dense = torch.channels_last if output.ndim == 4 and output.stride(1) == 1 else torch.contiguous_format
+    residual = torch.full(x0.shape, math.nan, dtype=output.dtype).contiguous(memory_format=dense)
+    slope = None if bound is None else torch.full_like(residual, math.nan, dtype=F32)
+    body.diffusion_loss(output, x0, f, g, weight, bound, source, torch.empty(len(x0)), residual, slope)
+    return [residual] if slope is None else [residual, slope]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("wide", "layout"), list(zip([False, True, True, False], LAYOUTS, strict=False)))
-def test_diffusion_loss_backward(shape, wide, layout):
-    output, *arguments = loss_arguments(shape, wide, F32, layout)
-    grad = randn((1,), 5).expand(shape[0])
+@pytest.mark.parametrize("dtype", [F32, F16])
+@WIDE_LAYOUTS
+def test_residual_and_slope_of_the_loss(shape, wide, layout, dtype):
+    *arguments, bound = loss_arguments(shape, wide, dtype, layout)
     for source in (randn(shape, 6), Address(3, 1, None, 2)):
-        ours, theirs = torch.zeros(output.shape), torch.zeros(output.shape)
-        backend.diffusion_loss_backward(grad, output, *arguments, source, ours)
-        native.diffusion_loss_backward(grad, output, *arguments, source, theirs)
-        assert_same(ours, theirs)
+        for given in (bound, None):
+            ours, theirs = (kept_by(body, *arguments, given, source) for body in (backend, native))
+            for a, b in zip(ours, theirs, strict=True):
+                assert_same(a, b)
 
 
 def test_the_divergence_of_almost_equal_variances():
     x0, one = torch.zeros(2, 2048), torch.ones(2)
     output = torch.cat((x0, 2 * randn(x0.shape, 0)), 1)
     bound = torch.tensor([[0, 0, 0, 0, 0, 0.0, 0.25, 1], [0, 0, 0, 0, 0, 0.25, 0.0, 1]])
-    ours, theirs = torch.empty_like(output), torch.empty_like(output)
-    backend.diffusion_loss_backward(one, output, x0, one, one, one, bound, x0, ours)
-    native.diffusion_loss_backward(one, output, x0, one, one, one, bound, x0, theirs)
-    assert_same(ours, theirs)
-
-
-def test_only_the_first_half_of_a_wide_output_counts_without_a_bound():
-    output, x0, f, g, weight, _ = loss_arguments((2, 3, 5), True)
-    halves = [torch.full_like(output, 7.0), torch.full_like(x0, 7.0)]
-    for predicted, result in zip((output, output[:, :3]), halves, strict=True):
-        backend.diffusion_loss_backward(weight, predicted, x0, f, g, weight, None, randn(x0.shape, 6), result)
-    assert torch.equal(halves[0][:, :3], halves[1])
-    assert torch.equal(halves[0][:, 3:], torch.full_like(x0, 7.0))
+    ours, theirs = (kept_by(body, output, x0, one, one, one, bound, x0) for body in (backend, native))
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same(a, b)
 
 
 # ---- steps ----------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ struct Kernels {
   void (*guide)(const Guide&, int threads);
   void (*affine_step)(const AffineStep&, int threads);
   void (*diffusion_loss)(const DiffusionLoss&, int threads);
-  void (*diffusion_loss_backward)(const DiffusionLoss&, int threads);
   void (*philox)(const uint32_t* counters, const uint32_t* keys, uint32_t* words, int64_t count);
 };
 

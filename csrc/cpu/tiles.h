@@ -403,35 +403,70 @@ struct LossTile {
     k = op.bound[tile.sample];
   }
 
-  float difference(int64_t i) const { return output[i] - (f * x0[i] + g * z[i]); }
-
   Divergence divergence(int64_t i) const {
     const float miss = x0[i] - (k.p * (k.alpha * x0[i] + k.sigma * z[i]) + k.q * output[i]);
     return fastdiff::divergence(v[i], k.lo, k.hi, k.b, miss);
   }
 };
 
-// Sixteen sums side by side, whatever the width of the machine, then one: the same bits at every level.
+// Sixteen sums side by side, in float64, whatever the width of the machine, then one: the same bits at every level.
 template <typename F>
 inline double sum(int64_t n, F value) {
   constexpr int64_t LANES = 16;
-  alignas(64) float sums[LANES] = {};
+  alignas(64) double sums[LANES] = {};
   const int64_t whole = n / LANES * LANES;
-  for (int64_t i = 0; i < whole; i += LANES) FOR(j, LANES) sums[j] += value(i + j);
+  for (int64_t i = 0; i < whole; i += LANES) FOR(j, LANES) sums[j] += double(value(i + j));
   double total = 0;
-  for (int64_t j = 0; j < LANES; ++j) total += double(sums[j]);
+  for (int64_t j = 0; j < LANES; ++j) total += sums[j];
   for (int64_t i = whole; i < n; ++i) total += double(value(i));
   return total;
+}
+
+// Gives the residual its differences and returns where they are to be summed from: a residual that went past the
+// caches is not read again.
+inline const float* keep_difference(const DiffusionLoss& op, const LossTile& t, const Tile& tile, Buffer& buffer) {
+  const float *output = t.output, *x0 = t.x0, *z = t.z;
+  const float f = t.f, g = t.g;
+  const auto difference = [=](int64_t i) { return output[i] - (f * x0[i] + g * z[i]); };
+  const Sink residual = sink(op.space, op.residual, tile, buffer);
+  if (residual.past) {
+    const Sink both[2] = {residual, {buffer.v, false}};
+    emit<2>(tile, both, [=](int64_t i, auto put) {
+      const float made = difference(i);
+      put(0, made), put(1, made);
+    });
+    return buffer.v;
+  }
+  emit<1>(tile, &residual, [=](int64_t i, auto put) { put(0, difference(i)); });
+  store(op.space, op.residual, tile, residual.to);
+  return residual.to;
+}
+
+// Gives the slopes and returns the divergences.
+inline const float* keep_slope(const DiffusionLoss& op, const LossTile& t, const Tile& tile, Buffer& buffer) {
+  Buffer slopes;
+  FOR(i, tile.count) {
+    const Divergence made = t.divergence(i);
+    buffer.v[i] = made.value, slopes.v[i] = made.slope;
+  }
+  store(op.space, op.slope, tile, slopes.v);
+  return buffer.v;
 }
 
 void diffusion_loss(const DiffusionLoss& op, int threads) {
   const int64_t tiles = (op.space.elements + TILE - 1) / TILE;
   std::vector<double> partial(size_t(op.space.samples * tiles));
-  for_tiles(op.space, threads, false, false, [&](const Tile& tile) {
+  const bool down = in_the_way(op.space, {&op.residual}, {&op.output, &op.x0, &op.noise.given});
+  for_tiles(op.space, threads, down, false, [&](const Tile& tile) {
     const LossTile t(op, tile);
-    const auto square = [&](int64_t i) { return t.difference(i) * t.difference(i); };
-    double loss = of_sample(op.weight, tile.sample) * sum(tile.count, square);
-    if (op.bound) loss += t.k.weight * sum(tile.count, [&](int64_t i) { return t.divergence(i).value; });
+    Buffer buffer;
+    const float* difference = keep_difference(op, t, tile, buffer);
+    double loss = of_sample(op.weight, tile.sample) *
+                  sum(tile.count, [=](int64_t i) { return difference[i] * difference[i]; });
+    if (op.bound) {
+      const float* divergence = keep_slope(op, t, tile, buffer);
+      loss += t.k.weight * sum(tile.count, [=](int64_t i) { return divergence[i]; });
+    }
     partial[size_t(tile.sample * tiles + tile.begin / TILE)] = loss;
   });
   for (int64_t sample = 0; sample < op.space.samples; ++sample) {
@@ -439,21 +474,6 @@ void diffusion_loss(const DiffusionLoss& op, int threads) {
     for (int64_t i = 0; i < tiles; ++i) total += partial[size_t(sample * tiles + i)];
     op.loss[sample] = float(total / double(op.space.elements));
   }
-}
-
-void diffusion_loss_backward(const DiffusionLoss& op, int threads) {
-  for_tiles(op.space, threads, false, false, [&](const Tile& tile) {
-    const LossTile t(op, tile);
-    Buffer buffer;
-    const float each = of_sample(op.grad, tile.sample) / float(op.space.elements);
-    const float scale = 2.0f * of_sample(op.weight, tile.sample) * each, bound = t.k.weight * each;
-    const Sink gradient = sink(op.space, op.gradient, tile, buffer);
-    emit<1>(tile, &gradient, [&](int64_t i, auto put) { put(0, scale * t.difference(i)); });
-    store(op.space, op.gradient, tile, gradient.to);
-    if (!op.bound) return;
-    FOR(i, tile.count) buffer.v[i] = bound * t.divergence(i).slope;
-    store(op.space, op.fraction_gradient, tile, buffer.v);
-  });
 }
 
 void philox_words(const uint32_t* counters, const uint32_t* keys, uint32_t* words, int64_t count) {
@@ -469,8 +489,6 @@ void philox_words(const uint32_t* counters, const uint32_t* keys, uint32_t* word
 
 }  // namespace
 
-const Kernels LEVEL = {LEVEL_NAME,     normal,         add_noise,
-                       guide,          affine_step,    diffusion_loss,
-                       diffusion_loss_backward, philox_words};
+const Kernels LEVEL = {LEVEL_NAME, normal, add_noise, guide, affine_step, diffusion_loss, philox_words};
 
 }  // namespace fastdiff

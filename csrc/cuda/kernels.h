@@ -10,7 +10,6 @@ int add_noise(const AddNoise&, int device, void* stream);
 int guide(const Guide&, int device, void* stream);
 int affine_step(const AffineStep&, int device, void* stream);
 int diffusion_loss(const DiffusionLoss&, int device, void* stream);
-int diffusion_loss_backward(const DiffusionLoss&, int device, void* stream);
 const char* message(int error);
 
 }  // namespace fastdiff::cuda

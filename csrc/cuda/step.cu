@@ -266,23 +266,7 @@ __device__ __forceinline__ LossOfFour loss_of(const DiffusionLoss& op, const Acc
   return loss;
 }
 
-template <bool DRAWN, bool FLAT>
-__global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant__ DiffusionLoss op) {
-  Place place;
-  if (!locate(op.space, place)) return;
-  const Access<FLAT> access(op.space, place);
-  const float share = of_sample(op.grad, place.sample) / float(op.space.elements);
-  const float scale = 2.0f * of_sample(op.weight, place.sample) * share;
-  const LossOfFour loss = loss_of<DRAWN>(op, access);
-  access.store(op.gradient, each([&](int i) { return scale * loss.difference.v[i]; }));
-  if (!op.bound) return;
-  const float bound = op.bound[place.sample].weight * share;
-  access.store(op.fraction_gradient, each([&](int i) { return bound * loss.slope.v[i]; }));
-}
-
-// A block sums one chunk of one sample; the chunks are summed in order after that, so that no run differs.
-constexpr int CHUNK = 16;  // quads a thread takes
-
+// A block has one chunk of one sample; the sums of the chunks are added in order after that, so that no run differs.
 __device__ __forceinline__ float block_sum(float value) {
   __shared__ float warps[THREADS / 32];
 #pragma unroll
@@ -295,31 +279,31 @@ __device__ __forceinline__ float block_sum(float value) {
 }
 
 template <bool DRAWN, bool FLAT>
-__global__ void __launch_bounds__(THREADS)
-    partial_kernel(const __grid_constant__ DiffusionLoss op, float* partial, int64_t chunks) {
+__global__ void __launch_bounds__(THREADS) loss_kernel(const __grid_constant__ DiffusionLoss op, int64_t chunks) {
   const int64_t sample = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const float weight = of_sample(op.weight, sample), bound = op.bound ? op.bound[sample].weight : 0.0f;
   float sum = 0.0f;
-  for (int i = 0; i < CHUNK; ++i) {
-    const int64_t first = ((chunk * CHUNK + i) * THREADS + threadIdx.x) * 4, rest = op.space.elements - first;
+  for (int i = 0; i < CHUNK / (4 * THREADS); ++i) {
+    const int64_t first = chunk * CHUNK + (i * THREADS + threadIdx.x) * 4, rest = op.space.elements - first;
     if (rest <= 0) break;
-    const Place place{sample, first, rest < 4 ? int(rest) : 4};
+    const Place place{sample, first, FLAT || rest >= 4 ? 4 : int(rest)};
     const Access<FLAT> access(op.space, place);
     const LossOfFour loss = loss_of<DRAWN>(op, access);
+    if (op.residual.data) access.store(op.residual, loss.difference);
+    if (op.slope.data) access.store(op.slope, loss.slope);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       sum += weight * (loss.difference.v[j] * loss.difference.v[j]) + bound * loss.divergence.v[j];
   }
   const float total = block_sum(sum);
-  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+  if (threadIdx.x == 0) op.sums[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(THREADS)
-    total_kernel(const __grid_constant__ DiffusionLoss op, const float* partial, int64_t chunks) {
+__global__ void __launch_bounds__(THREADS) total_kernel(const __grid_constant__ DiffusionLoss op, int64_t chunks) {
   const int64_t sample = int64_t(blockIdx.x) * THREADS + threadIdx.x;
   if (sample >= op.space.samples) return;
   double total = 0;
-  for (int64_t i = 0; i < chunks; ++i) total += partial[sample * chunks + i];
+  for (int64_t i = 0; i < chunks; ++i) total += op.sums[sample * chunks + i];
   op.loss[sample] = float(total / double(op.space.elements));
 }
 
@@ -396,26 +380,14 @@ int affine_step(const AffineStep& op, int device, void* stream) {
 int diffusion_loss(const DiffusionLoss& op, int device, void* stream_) {
   const Guard guard(device);
   const auto stream = static_cast<cudaStream_t>(stream_);
-  const bool flat = vectors(op.space, op.output, op.fraction, op.x0, op.noise.given);
-  const int64_t quads = (op.space.elements + 3) / 4, chunks = (quads + THREADS * CHUNK - 1) / (THREADS * CHUNK);
-  float* partial = nullptr;
-  const int error = cudaMallocAsync(&partial, size_t(chunks * op.space.samples + 1) * sizeof(float), stream);
-  if (error) return error;
-  const auto drawn = flat ? partial_kernel<true, true> : partial_kernel<true, false>;
-  const auto given = flat ? partial_kernel<false, true> : partial_kernel<false, false>;
+  const bool flat = vectors(op.space, op.output, op.fraction, op.x0, op.noise.given, op.residual, op.slope);
+  const int64_t chunks = fastdiff::chunks(op.space.elements);
+  const auto drawn = flat ? loss_kernel<true, true> : loss_kernel<true, false>;
+  const auto given = flat ? loss_kernel<false, true> : loss_kernel<false, false>;
   const auto kernel = op.noise.drawn ? drawn : given;
-  if (chunks) kernel<<<unsigned(chunks * op.space.samples), THREADS, 0, stream>>>(op, partial, chunks);
-  total_kernel<<<unsigned((op.space.samples + THREADS - 1) / THREADS), THREADS, 0, stream>>>(op, partial, chunks);
-  const int launched = cudaGetLastError(), freed = cudaFreeAsync(partial, stream);
-  return launched ? launched : freed;
-}
-
-int diffusion_loss_backward(const DiffusionLoss& op, int device, void* stream) {
-  const bool flat = vectors(op.space, op.output, op.fraction, op.x0, op.noise.given, op.gradient,
-                            op.fraction_gradient);
-  const auto drawn = flat ? backward_kernel<true, true> : backward_kernel<true, false>;
-  const auto given = flat ? backward_kernel<false, true> : backward_kernel<false, false>;
-  return launch(op.noise.drawn ? drawn : given, op, device, stream);
+  kernel<<<unsigned(chunks * op.space.samples), THREADS, 0, stream>>>(op, chunks);
+  total_kernel<<<unsigned((op.space.samples + THREADS - 1) / THREADS), THREADS, 0, stream>>>(op, chunks);
+  return cudaGetLastError();
 }
 
 const char* message(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -1,7 +1,7 @@
 """The forward-process family: noising a sample, and the loss against what the noise was.
 
-Noise is either given or belongs to (seed, step, sample), see :mod:`fastdiff.noise`; the loss draws it again
-rather than keep it.
+Noise is either given or belongs to (seed, step, sample), see :mod:`fastdiff.noise`; the loss draws it again, once,
+and keeps for its gradient what it left over of the output.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def diffusion_loss(
     """Weighted mean squared error of a network output against ``f x0 + g noise``, one value per sample.
 
     Epsilon has f, g = 0, 1; sample 1, 0; v_prediction -sigma, alpha; flow_prediction -1, 1. Noise that is not
-    given is drawn again, in the backward pass too, and never stored.
+    given is drawn again and never stored: where only ``output`` needs a gradient, the forward pass keeps its residual,
+    a tensor like ``output``, and the backward pass scales that.
 
     Args:
         output: network output of any float dtype, shape of ``x0``, or ``[N, 2C, ...]`` with learned variance: the
@@ -155,7 +156,7 @@ def _check_bound(bound: Tensor | None, output: Tensor, x0: Tensor) -> Tensor | N
         raise InputError(f"bound must be {[len(x0), len(BOUND)]} on {x0.device}, got {list(bound.shape)}")
     if output.shape[1] != 2 * x0.shape[1]:
         raise InputError(f"output must have {2 * x0.shape[1]} channels with a bound, got {output.shape[1]}")
-    return bound.to(library.wide(x0)).contiguous()
+    return bound.detach().to(library.wide(x0)).contiguous()
 
 
 def _noise(

@@ -6,7 +6,9 @@ directly. Either way the backend is chosen when the op runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch.autograd import forward_ad
 from fastdiff.backends import body, checked_body
 from fastdiff.noise import Address, draw
 from fastdiff.ops import reference
-from fastdiff.ops.layout import empty_like
+from fastdiff.ops.layout import empty_like, format_of
 
 NOISE = "Tensor? noise, int[] place, Tensor? seed, Tensor? step, Tensor? sample"
 Noise = Tensor | Address | None
@@ -25,8 +27,8 @@ Flat = tuple[Tensor | None, list[int], Tensor | None, Tensor | None, Tensor | No
 _library = torch.library.Library("fastdiff", "DEF")
 _library.define(f"add_noise(Tensor x0, Tensor alpha, Tensor sigma, {NOISE}) -> Tensor")
 LOSS = f"Tensor output, Tensor x0, Tensor f, Tensor g, Tensor weight, Tensor? bound, {NOISE}"
-_library.define(f"diffusion_loss({LOSS}) -> Tensor")
-_library.define(f"diffusion_loss_backward(Tensor grad, {LOSS}) -> Tensor")
+# The loss and, if they are kept, the residual and the slope that its gradient is made of (else empty tensors).
+_library.define(f"diffusion_loss({LOSS}, bool kept) -> (Tensor, Tensor, Tensor)")
 _library.define("guide(Tensor cond, Tensor uncond, Tensor scale, Tensor(a!) result) -> ()")
 _library.define(
     "affine_step(Tensor x, Tensor output, Tensor table, int row, Tensor? rows, Tensor? uncond, Tensor[] history,"
@@ -93,7 +95,8 @@ def add_noise(x0: Tensor, alpha: Tensor | float, sigma: Tensor | float, noise: N
 def diffusion_loss(
     output: Tensor, x0: Tensor, f: Tensor, g: Tensor, weight: Tensor, bound: Tensor | None, noise: Noise
 ) -> Tensor:
-    result: Tensor = torch.ops.fastdiff.diffusion_loss(output, x0, f, g, weight, bound, *_flat(noise))
+    kept = needs_grad(output) and not needs_grad(x0, f, g, weight, noise)  # then one pass serves the gradient too
+    result: Tensor = torch.ops.fastdiff.diffusion_loss(output, x0, f, g, weight, bound, *_flat(noise), kept)[0]
     return result
 
 
@@ -151,18 +154,12 @@ def _run_add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, *noise: Any) -> Ten
     return result
 
 
-def _run_diffusion_loss(output: Tensor, x0: Tensor, *rest: Any) -> Tensor:
-    result = _shape_of_loss(output, x0)
-    body("diffusion_loss", x0.device, wide(x0))(output, x0, *rest[:4], _noise(*rest[4:]), result)
-    return result
-
-
-def _run_diffusion_loss_backward(grad: Tensor, output: Tensor, x0: Tensor, *rest: Any) -> Tensor:
-    # Without a bound the second half of a wide output gets no gradient.
-    whole = output.shape == x0.shape or rest[3] is not None
-    result = empty_like(output) if whole else empty_like(output).zero_()
-    body("diffusion_loss_backward", x0.device, wide(x0))(grad, output, x0, *rest[:4], _noise(*rest[4:]), result)
-    return result
+def _run_diffusion_loss(output: Tensor, x0: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss, residual, slope = _results_of_loss(output, x0, *rest)
+    *each, bound = rest[:4]
+    kept = (residual, None if bound is None else slope) if rest[-1] else (None, None)
+    body("diffusion_loss", x0.device, wide(x0))(output, x0, *each, bound, _noise(*rest[4:-1]), loss, *kept)
+    return loss, residual, slope
 
 
 def _run_guide(cond: Tensor, uncond: Tensor, scale: Tensor, result: Tensor) -> None:
@@ -185,23 +182,25 @@ def _run_affine_step(
     body("affine_step", x.device, x.dtype)(x, output, table, at, uncond, tuple(history), anchor, noise, results)
 
 
-def _shape_of_loss(output: Tensor, x0: Tensor, *_: Any) -> Tensor:
-    return torch.empty(x0.shape[0], dtype=wide(x0), device=x0.device)
+def _results_of_loss(output: Tensor, x0: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual has the output's dtype; slopes are beyond float16's range at times."""
+    bound, kept = rest[3], rest[-1]
+    like = partial(torch.empty, x0.shape if kept else (0,), device=x0.device)
+    layout = {"memory_format": format_of(output)} if kept else {}
+    residual = like(dtype=output.dtype, **layout)
+    slope = like(dtype=wide(x0), **layout) if bound is not None else residual.new_empty(0)
+    return torch.empty(x0.shape[:1], dtype=wide(x0), device=x0.device), residual, slope
 
 
 for _name, _function in (
     ("add_noise", _run_add_noise),
     ("diffusion_loss", _run_diffusion_loss),
-    ("diffusion_loss_backward", _run_diffusion_loss_backward),
     ("guide", _run_guide),
     ("affine_step", _run_affine_step),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdiff::add_noise", lambda x0, *_: empty_like(x0), lib=_library)
-torch.library.register_fake("fastdiff::diffusion_loss", _shape_of_loss, lib=_library)
-torch.library.register_fake(
-    "fastdiff::diffusion_loss_backward", lambda grad, output, *_: empty_like(output), lib=_library
-)
+torch.library.register_fake("fastdiff::diffusion_loss", _results_of_loss, lib=_library)
 torch.library.register_fake("fastdiff::guide", lambda *_: None, lib=_library)
 torch.library.register_fake("fastdiff::affine_step", lambda *_: None, lib=_library)
 
@@ -213,6 +212,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the arguments: tensors as autograd keeps them, the rest as they are. Addressed noise is not among them."""
     ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
     ctx.others = [None if isinstance(v, Tensor) else (v,) for v in inputs]
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    loss, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # zeros for those, which have none
+    _save(ctx, (*inputs, *kept), loss)
 
 
 def _saved(ctx: Any) -> list[Any]:
@@ -248,19 +254,41 @@ def _add_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _diffusion_loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved, needs = _saved(ctx), ctx.needs_input_grad
-    if not any(needs[1:]) and not torch.is_grad_enabled():
-        return torch.ops.fastdiff.diffusion_loss_backward(grad, *saved), *(None,) * 10
+def _diffusion_loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    (*given, kept, residual, slope), needs = _saved(ctx), ctx.needs_input_grad
+    output, x0, f, g, weight, bound, *noise = given
+    if grad is None:
+        return (None,) * 12
+    if kept and not torch.is_grad_enabled():
+        return _gradient_of_loss(grad, output, x0, weight, bound, residual, slope), *(None,) * 11
     # Any other gradient, or one that is differentiated again: autograd follows the reference.
-    output, x0, f, g, weight, bound = saved[:6]
     with torch.enable_grad():
-        loss = _shape_of_loss(output, x0)
-        reference.diffusion_loss(output, x0, f, g, weight, bound, _noise(*saved[6:]), loss)
-        wanted = [value for value, need in zip(saved, needs, strict=True) if need]
+        loss = torch.empty_like(grad)
+        reference.diffusion_loss(output, x0, f, g, weight, bound, _noise(*noise), loss)
+        wanted = [value for value, need in zip(given, needs, strict=False) if need]
         slopes = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
     return tuple(next(slopes) if need else None for need in needs)
 
 
+def _gradient_of_loss(
+    grad: Tensor,
+    output: Tensor,
+    x0: Tensor,
+    weight: Tensor,
+    bound: Tensor | None,
+    residual: Tensor,
+    slope: Tensor,
+) -> Tensor:
+    """The gradient of the output: plain operations, which a compiler fuses with those before them."""
+    each = grad / max(math.prod(x0.shape[1:]), 1)
+    gradient = _spread(2 * weight * each, x0) * residual
+    if output.shape != x0.shape:
+        second = torch.zeros_like(gradient) if bound is None else _spread(bound[:, -1] * each, x0) * slope
+        gradient = torch.cat((gradient, second), 1)
+    return gradient.to(output.dtype)
+
+
 torch.library.register_autograd("fastdiff::add_noise", _add_noise_backward, setup_context=_save, lib=_library)
-torch.library.register_autograd("fastdiff::diffusion_loss", _diffusion_loss_backward, setup_context=_save, lib=_library)
+torch.library.register_autograd(
+    "fastdiff::diffusion_loss", _diffusion_loss_backward, setup_context=_save_loss, lib=_library
+)

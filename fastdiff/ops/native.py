@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import Refused
+from fastdiff.noise import Address
 from fastdiff.ops.layout import is_dense
 
 REPORT = Path(__file__).parent.parent / "_build.txt"  # what the build says it could not build, and why
@@ -78,5 +80,22 @@ normal = _body(_C.normal, given=0)
 add_noise = _body(_C.add_noise)
 guide = _body(_C.guide)
 affine_step = _body(_C.affine_step)
-diffusion_loss = _body(_C.diffusion_loss)
-diffusion_loss_backward = _body(_C.diffusion_loss_backward)
+_diffusion_loss = _body(_C.diffusion_loss, given=-4)
+
+
+def diffusion_loss(
+    output: Tensor,
+    x0: Tensor,
+    f: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    bound: Tensor | None,
+    noise: Tensor | Address,
+    result: Tensor,
+    residual: Tensor | None = None,
+    slope: Tensor | None = None,
+) -> None:
+    sums = None  # of a sample's parts, in memory that torch keeps for the next call
+    if x0.is_cuda:
+        sums = torch.empty(len(x0), _C.chunks(math.prod(x0.shape[1:])), dtype=torch.float32, device=x0.device)
+    _diffusion_loss(output, x0, f, g, weight, bound, noise, result, residual, slope, sums)

@@ -29,17 +29,6 @@ def add_noise(x0: Tensor, alpha: Scalar, sigma: Scalar, noise: Noise, result: Te
 
 
 def diffusion_loss(
-    output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, bound: Tensor | None, noise: Noise, result: Tensor
-) -> None:
-    z = _noise(noise, x0)
-    loss = _like(weight, x0) * _difference(output, x0, f, g, z).square()
-    if bound is not None:
-        loss = loss + _like(bound[:, -1], x0) * _divergence(output, x0, bound, z)[0]
-    result.copy_(loss.flatten(1).mean(1))
-
-
-def diffusion_loss_backward(
-    grad: Tensor,
     output: Tensor,
     x0: Tensor,
     f: Scalar,
@@ -48,12 +37,22 @@ def diffusion_loss_backward(
     bound: Tensor | None,
     noise: Noise,
     result: Tensor,
+    residual: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> None:
-    z, channels = _noise(noise, x0), x0.shape[1]
-    each = _like(grad, x0) / max(x0[:1].numel(), 1)
-    result[:, :channels].copy_(2 * _like(weight, x0) * each * _difference(output, x0, f, g, z))
+    """Beside the loss also what its gradient is made of: the differences, and the slopes of the divergence."""
+    wide, z = _wide(x0), _noise(noise, x0)
+    target = _like(f, x0) * x0.to(wide) + _like(g, x0) * z
+    difference = output[:, : x0.shape[1]].to(wide) - target
+    loss = _like(weight, result) * _mean(difference.square())
     if bound is not None:
-        result[:, channels:].copy_(_like(bound[:, -1], x0) * each * _divergence(output, x0, bound, z)[1])
+        divergence, slopes = _divergence(output, x0, bound, z)
+        loss = loss + bound[:, -1] * _mean(divergence)
+        if slope is not None:
+            slope.copy_(slopes)
+    result.copy_(loss)
+    if residual is not None:
+        residual.copy_(difference)
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: Scalar, result: Tensor) -> None:
@@ -123,12 +122,6 @@ def group_norm_silu(
     return y.to(x.dtype, memory_format=format_of(x))
 
 
-def _difference(output: Tensor, x0: Tensor, f: Scalar, g: Scalar, z: Tensor) -> Tensor:
-    """output - (f x0 + g noise)"""
-    wide = _wide(x0)
-    return output[:, : x0.shape[1]].to(wide) - (_like(f, x0) * x0.to(wide) + _like(g, x0) * z)
-
-
 def _divergence(output: Tensor, x0: Tensor, bound: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """KL of the posterior from a step of learned variance, nats, and its slope in the variance's channels.
 
@@ -142,7 +135,12 @@ def _divergence(output: Tensor, x0: Tensor, bound: Tensor, z: Tensor) -> tuple[T
     mean = b * (x0 - (p * (alpha * x0 + sigma * z) + q * prediction))
     excess = mean.square() * (-log_variance).exp()
     kl = (difference.expm1() - difference + excess) / 2
-    return kl, (-difference.expm1() - excess) / 2 * (hi - lo) / 2
+    return kl, (-difference.expm1() - excess) / 2 * ((hi - lo) / 2)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean of each sample, summed in float64."""
+    return x.flatten(1).mean(1, dtype=torch.float64)
 
 
 def _noise(noise: Noise, x: Tensor) -> Tensor:

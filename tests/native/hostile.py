@@ -67,12 +67,8 @@ def into(place, value):
     return tuple(results)
 
 
-def loss(output=N, x0=N, f=W, g=W, weight=W, bound=None, noise=N, result=W):
-    _C.diffusion_loss(output, x0, f, g, weight, bound, noise, result, 1)
-
-
-def backward(grad=W, output=N, x0=N, weight=W, noise=N, result=NEW):
-    _C.diffusion_loss_backward(grad, output, x0, W, W, weight, None, noise, result, 1)
+def loss(output=N, x0=N, f=W, g=W, weight=W, bound=None, noise=N, result=W, residual=None, slope=None):
+    _C.diffusion_loss(output, x0, f, g, weight, bound, noise, result, residual, slope, None, 1)
 
 
 CALLS = {
@@ -90,9 +86,6 @@ CALLS = {
     "loss output": lambda v: loss(output=v),
     "loss x0": lambda v: loss(x0=v),
     "loss noise": lambda v: loss(noise=v),
-    "backward output": lambda v: backward(output=v),
-    "backward x0": lambda v: backward(x0=v),
-    "backward result": lambda v: backward(result=v),
 }
 OPTIONAL = {
     "step uncond": lambda v: step(uncond=v),
@@ -102,6 +95,8 @@ OPTIONAL = {
     "step h1 result": lambda v: step(results=into(2, v), history=(N,)),
     "step anchor result": lambda v: step(results=into(3, v), anchor=N),
     "step input result": lambda v: step(results=into(4, v)),
+    "loss residual": lambda v: loss(residual=v),
+    "loss slope": lambda v: loss(output=WIDE, bound=torch.zeros(2, 8), slope=v),
 }
 FREE = ("longer", "wider", "fewer samples", "flat", "empty")  # other shapes, which are fine where nothing is to match
 NUMBERS = {
@@ -176,6 +171,13 @@ SINGLE = {
     "loss result in float64": lambda: loss(result=W.double()),
     "loss result none": lambda: loss(result=None),
     "loss result a number": lambda: loss(result=0.0),
+    "loss residual wider than the output": lambda: loss(residual=WIDE),
+    "loss residual as wide as the output": lambda: loss(output=WIDE, residual=torch.zeros(2, 6, 4)),
+    "loss slope without a bound": lambda: loss(output=WIDE, slope=NEW),
+    "loss slope over the residual": lambda: loss(output=WIDE, bound=torch.zeros(2, 8), residual=NEW, slope=NEW),
+    "loss over the weight": lambda: loss(weight=W, result=W),
+    "loss residual expanded": lambda: loss(residual=torch.zeros(1, 3, 4).expand(2, 3, 4)),
+    "loss residual over the output": lambda: loss(residual=N),
     "bound without a wide output": lambda: loss(bound=torch.zeros(2, 8)),
     "bound of another width": lambda: loss(output=WIDE, bound=torch.zeros(2, 3)),
     "bound a number": lambda: loss(output=WIDE, bound=1.0),
@@ -210,8 +212,7 @@ def cases():
             yield f"{name}: {kind}", lambda s=levels: _C.add_noise(N, *s, N, NEW, 1)
     yield from ((f"scale: {kind}", lambda v=v: _C.guide(N, N, v, NEW, 1)) for kind, v in NUMBERS.items())
     yield from ((f"f: {kind}", lambda v=v: loss(f=v)) for kind, v in NUMBERS.items())
-    yield from ((f"weight: {kind}", lambda v=v: backward(weight=v)) for kind, v in NUMBERS.items())
-    yield from ((f"grad: {kind}", lambda v=v: backward(grad=v)) for kind, v in NUMBERS.items())
+    yield from ((f"weight: {kind}", lambda v=v: loss(weight=v)) for kind, v in NUMBERS.items())
     yield from ((f"row: {kind}", lambda v=v: step(row=v)) for kind, v in WHOLE.items())
     for i, name in enumerate(("seed", "step", "sample")):
         for kind, v in WHOLE.items():

@@ -9,10 +9,9 @@ from fastdiff.ops.triton.bodies import (
     add_noise,
     affine_step,
     diffusion_loss,
-    diffusion_loss_backward,
     guide,
     normal,
     refuses,
 )
 
-__all__ = ["add_noise", "affine_step", "diffusion_loss", "diffusion_loss_backward", "guide", "normal", "refuses"]
+__all__ = ["add_noise", "affine_step", "diffusion_loss", "guide", "normal", "refuses"]

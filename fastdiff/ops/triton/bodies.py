@@ -65,22 +65,6 @@ def affine_step(
 
 
 def diffusion_loss(
-    output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, bound: Tensor | None, noise: Noise, result: Tensor
-) -> None:
-    elements = math.prod(x0.shape[1:])
-    if not x0.numel():
-        result.fill_(math.nan)  # the mean of nothing
-        return
-    blocks, _ = _blocks(elements)
-    partial = torch.empty((len(x0), blocks), dtype=torch.float32, device=x0.device)
-    tensors = (*_halves(output, x0, bound), x0, _given(noise))
-    _launch(kernels.loss_sums, tensors, (), (partial, *map(_each, (f, g, weight)), bound), noise, merge=False)
-    with torch.cuda.device_of(x0):
-        kernels.mean[(len(x0),)](partial, result, elements, blocks, BLOCK=128, **EXACT)
-
-
-def diffusion_loss_backward(
-    grad: Tensor,
     output: Tensor,
     x0: Tensor,
     f: Scalar,
@@ -89,10 +73,19 @@ def diffusion_loss_backward(
     bound: Tensor | None,
     noise: Noise,
     result: Tensor,
+    residual: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> None:
-    tensors = (*_halves(output, x0, bound), x0, _given(noise))
-    numbers = (float(math.prod(x0.shape[1:])), *map(_each, (grad, f, g, weight)), bound)
-    _launch(kernels.loss_backward, tensors, _halves(result, x0, bound), numbers, noise, merge=False)
+    elements = math.prod(x0.shape[1:])
+    if not x0.numel():
+        result.fill_(math.nan)  # the mean of nothing
+        return
+    blocks, _ = _blocks(elements)
+    partial = torch.empty((len(x0), blocks), dtype=torch.float32, device=x0.device)
+    tensors, kept = (*_halves(output, x0, bound), x0, _given(noise)), (residual, slope)
+    _launch(kernels.loss_sums, tensors, kept, (partial, *map(_each, (f, g, weight)), bound), noise, merge=False)
+    with torch.cuda.device_of(x0):
+        kernels.mean[(len(x0),)](partial, result, elements, blocks, BLOCK=128, **EXACT)
 
 
 def _halves(output: Tensor, x: Tensor, wanted: object) -> tuple[Tensor, Tensor | None]:

@@ -255,6 +255,8 @@ def loss_sums(
     fraction,
     x0,
     noise,
+    residual,
+    slope_result,
     partial,
     f,
     g,
@@ -269,10 +271,14 @@ def loss_sums(
     blocks,
     BLOCK: tl.constexpr,
 ):
-    """The loss, summed over the elements of each program."""
+    """The loss, summed over the elements of each program, and what its gradient is made of."""
     place = locate(elements, positions, blocks, BLOCK)
     source = Source(noise, seed, step, ids, stream)
-    difference, value, _ = loss_of(output, fraction, x0, f, g, bound, source, place, BLOCK)
+    difference, value, slope = loss_of(output, fraction, x0, f, g, bound, source, place, BLOCK)
+    if residual is not None:
+        store(residual, place, difference, BLOCK)
+    if slope_result is not None:
+        store(slope_result, place, slope, BLOCK)
     loss = of_sample(weight, place.sample, tl.float32) * (difference * difference)
     if bound is not None:
         loss += tl.load(bound + place.sample * BOUND_COLUMNS + WEIGHT) * value
@@ -289,37 +295,3 @@ def mean(partial, result, elements, blocks, BLOCK: tl.constexpr):
         block = first + tl.arange(0, BLOCK)
         total += tl.load(partial + sample * blocks + block, mask=block < blocks, other=0.0).to(tl.float64)
     tl.store(result + sample, (tl.sum(total) / elements).to(tl.float32))
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def loss_backward(
-    output,
-    fraction,
-    x0,
-    noise,
-    result,
-    fraction_result,
-    count,
-    grad,
-    f,
-    g,
-    weight,
-    bound,
-    seed,
-    step,
-    ids,
-    stream,
-    elements,
-    positions,
-    blocks,
-    BLOCK: tl.constexpr,
-):
-    """``count`` is the number of elements of a sample, rounded to float32."""
-    place = locate(elements, positions, blocks, BLOCK)
-    source = Source(noise, seed, step, ids, stream)
-    difference, _, slope = loss_of(output, fraction, x0, f, g, bound, source, place, BLOCK)
-    each = tl.div_rn(of_sample(grad, place.sample, tl.float32), count)
-    store(result, place, 2.0 * of_sample(weight, place.sample, tl.float32) * each * difference, BLOCK)
-    if bound is not None:
-        bound_weight = tl.load(bound + place.sample * BOUND_COLUMNS + WEIGHT)
-        store(fraction_result, place, bound_weight * each * slope, BLOCK)
