@@ -1,6 +1,7 @@
 """Proves the contract around the ops: which backend serves, and one InputError by name for whatever does not fit."""
 
 import math
+import warnings
 from functools import partial
 
 import numpy as np
@@ -106,6 +107,19 @@ TABLE = make_table(3)
 VP = PROCESS["vp"][0]
 LEARNED = torch.zeros(2, 6, 4)
 
+
+def freed(place=0):
+    """A tensor, or a view within one, whose memory was given back."""
+    x = torch.zeros(2, 2, 3, 4)[place]
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def nested():
+    with warnings.catch_warnings(action="ignore"):
+        return torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)])
+
+
 STRANGE = {
     "a list": [0.0],
     "a number": 1.0,
@@ -120,6 +134,9 @@ STRANGE = {
     "unsigned": X.to(torch.uint16),
     "text": "x",
     "NaN": math.nan,
+    "nested": nested(),
+    "freed": freed(),
+    "freed view": freed(1),
     "too long": torch.zeros(2, 3, 5),
     "too deep": torch.zeros(2, 3, 4, 1),
     "too many": torch.zeros(3, 3, 4),
@@ -271,12 +288,6 @@ def test_bad_calls_are_refused_by_name(case, each_backend):
     call, message = BAD[case]
     with pytest.raises(fd.InputError, match=message):
         call()
-
-
-def freed():
-    x = torch.zeros(2, 3, 4)
-    x.untyped_storage().resize_(0)
-    return x
 
 
 def fake():

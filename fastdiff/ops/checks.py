@@ -23,12 +23,21 @@ def check_floating(name: str, x: object) -> None:
         raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise InputError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise InputError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
     if x.ndim < 2:
         raise InputError(f"{name} must be [N, C, ...], got {list(x.shape)}")
-    if x.layout is not torch.strided:
-        raise InputError(f"{name} must be a dense tensor, got {x.layout}")
-    if x.is_meta:
-        raise InputError(f"{name} is a meta tensor and holds no values")
+    if x.is_meta or _is_freed(x):
+        raise InputError(f"{name} is a {'meta' if x.is_meta else 'freed'} tensor and holds no values")
+
+
+def _is_freed(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not x.numel():
+        return False
+    try:
+        return x.untyped_storage().nbytes() == 0
+    except RuntimeError:  # a tensor that stands for others, as those of torch.func
+        return False
 
 
 def check_state(name: str, x: object) -> None:
@@ -49,7 +58,7 @@ def check_same(name: str, y: object, x: Tensor) -> None:
 
 
 def check_per_sample(name: str, value: object, x: Tensor) -> None:
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.is_nested:
         raise InputError(f"{name} must be a tensor with one number per sample, got {type(value).__name__}")
     if value.shape != x.shape[:1]:
         raise InputError(f"{name} must hold one number per sample ({len(x)}), got {list(value.shape)}")
@@ -57,6 +66,8 @@ def check_per_sample(name: str, value: object, x: Tensor) -> None:
         raise InputError(f"{name} must be on {x.device}, got {value.device}")
     if value.is_complex():
         raise InputError(f"{name} must hold real numbers, got {value.dtype}")
+    if _is_freed(value):
+        raise InputError(f"{name} is a freed tensor and holds no values")
 
 
 def check_numbers(name: str, value: Tensor, x: Tensor) -> Tensor:
