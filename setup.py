@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from glob import glob
+from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -60,7 +62,14 @@ class BuildNative(build_ext):
         import pybind11
 
         ext.include_dirs.append(pybind11.get_include())
-        super().build_extension(ext)
+        one_after_another = type(self.compiler).compile.__get__(self.compiler)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def side_by_side(sources, **options):
+                return [*chain(*pool.map(lambda source: one_after_another([source], **options), sources))]
+
+            self.compiler.compile = side_by_side
+            super().build_extension(ext)
 
     def with_cuda(self, ext):
         ext, home = deepcopy(ext), os.environ.get("CUDA_HOME", "/usr/local/cuda")

@@ -1,5 +1,6 @@
 """Proves where the ops write: into the tensors given by out= and nowhere else, and what may share memory with them."""
 
+import itertools
 import math
 
 import pytest
@@ -116,6 +117,22 @@ def test_without_keep_x0_there_is_none(each_backend):
 
 
 # ---- the next network input -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", list(itertools.product([False, True], repeat=5)), ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 91, 67), (3, 2, 5)], ids=str)
+def test_a_step_has_the_bits_of_the_reference_whatever_it_is_given_and_asked(parts, shape):
+    """Every form of the pass over a tile, over samples of many tiles and of a part of one."""
+    guided, multistep, noisy, keep_x0, own = parts
+    x, output, uncond, h, z = (randn(shape, i) for i in range(5))
+    given = {"uncond": uncond if guided else None, "history": (h,) if multistep else (), "noise": z if noisy else None}
+    results = []
+    for name in ("reference", "native"):
+        history = (torch.empty(shape),) if multistep else ()
+        out = fd.ops.Step(torch.empty(shape), torch.empty(shape) if keep_x0 else None, history) if own else None
+        with fd.backend(name):
+            results.append(fd.ops.affine_step(x, output, random_table(3, 4, F32), 1, **given, keep_x0=keep_x0, out=out))
+    assert_same_bits(*results)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])

@@ -7,7 +7,9 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
+#include <utility>
 #include <vector>
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #include "tiles.h"

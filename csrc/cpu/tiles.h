@@ -1,7 +1,9 @@
 // The ops on the CPU. A tile of a sample is fetched into float32 (where it is not flat float32 already), computed in
 // simple loops over the tile, which stays in the first-level cache, and stored. Threads share the tiles.
 #include <algorithm>
+#include <array>
 #include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "../number.h"
@@ -286,39 +288,40 @@ struct Sources {
   const float *x, *output, *uncond, *history, *noise;
 };
 
-// Guidance, conversion, clamp and update in one pass, to x', x0 and (N = 3) the push. Everything of an element is read
-// before anything is written: results may lie over arguments.
-template <bool GUIDED, bool HISTORY, bool NOISY, int N>
-void combine(const Row& r, const Tile& tile, const Sources& s, const Sink* to) {
+// What one pass over a tile has, beside x, the output and x': as bits, so that they choose among its forms.
+enum Part : unsigned { UNCOND = 1, HISTORY = 2, NOISE = 4, X0 = 8, PUSH = 16, ALL = 31 };
+
+// Guidance, conversion, clamp and update in one pass, to x', x0 and the push. Everything of an element is read before
+// anything is written: results may lie over arguments.
+template <unsigned PARTS>
+void combine(const Row& r, const Tile& tile, const Sources& s, const Sink& next_to, const Sink& x0_to,
+             const Sink& push_to) {
   const float *x = s.x, *output = s.output, *uncond = s.uncond, *history = s.history, *noise = s.noise;
   const float w = r.w, p = r.p, q = r.q, clip = r.clip, a = r.a, b = r.b, c = r.c[0], std = r.s, u = r.u, v = r.v;
-  emit<N>(tile, to, [=](int64_t i, auto put) {
+  constexpr bool has_x0 = PARTS & X0, has_push = PARTS & PUSH;
+  const Sink to[3] = {next_to, has_x0 ? x0_to : push_to, push_to};
+  emit<1 + has_x0 + has_push>(tile, to, [=](int64_t i, auto put) {
     const float state = x[i];
     float prediction = output[i];
-    if (GUIDED) prediction = uncond[i] + w * (prediction - uncond[i]);
+    if (PARTS & UNCOND) prediction = uncond[i] + w * (prediction - uncond[i]);
     const float x0 = clamp(p * state + q * prediction, clip);
     float next = a * state + b * x0;
-    if (HISTORY) next = next + c * history[i];
-    if (NOISY) next = next + std * noise[i];
+    if (PARTS & HISTORY) next = next + c * history[i];
+    if (PARTS & NOISE) next = next + std * noise[i];
     put(0, next);
-    if (N > 1) put(1, x0);
-    if (N > 2) put(2, u * state + v * x0);
+    if (has_x0) put(1, x0);
+    if (has_push) put(1 + has_x0, u * state + v * x0);
   });
 }
 
-using Combine = void (*)(const Row&, const Tile&, const Sources&, const Sink*);
+using Combine = void (*)(const Row&, const Tile&, const Sources&, const Sink&, const Sink&, const Sink&);
 
-template <bool GUIDED, bool HISTORY, bool NOISY>
-constexpr Combine COMBINE[] = {combine<GUIDED, HISTORY, NOISY, 1>, combine<GUIDED, HISTORY, NOISY, 2>,
-                               combine<GUIDED, HISTORY, NOISY, 3>};
-
-inline void combine(int results, const Row& r, const Tile& tile, const Sources& from, const Sink* to) {
-  static constexpr const Combine* table[] = {
-      COMBINE<false, false, false>, COMBINE<false, false, true>, COMBINE<false, true, false>, COMBINE<false, true, true>,
-      COMBINE<true, false, false>,  COMBINE<true, false, true>,  COMBINE<true, true, false>,  COMBINE<true, true, true>};
-  const int which = (from.uncond ? 4 : 0) + (from.history ? 2 : 0) + (from.noise ? 1 : 0);
-  table[which][results - 1](r, tile, from, to);
+template <unsigned... PARTS>
+constexpr std::array<Combine, sizeof...(PARTS)> forms(std::integer_sequence<unsigned, PARTS...>) {
+  return {combine<PARTS>...};
 }
+
+constexpr auto COMBINE = forms(std::make_integer_sequence<unsigned, ALL + 1>());
 
 // next += std z, std per element where the variance is learned.
 inline void add_noise_to(float* next, const AffineStep& op, const Row& r, const Tile& tile, const float* z, Buffer& bv) {
@@ -357,10 +360,12 @@ void affine_tile(const AffineStep& op, const Tile& tile) {
   const float* z = op.noise.drawn || op.noise.given.data ? noise_of(space, op.noise, tile, bz) : nullptr;
   if (!late) from.noise = z;
   // Results are made aside where more is added to them, or read that they may lie over.
-  const Sink to[3] = {sink(space, op.next, tile, bnext, more), sink(space, op.x0, tile, bx0, anchored),
-                      sink(space, op.push, tile, bpush, more)};
-  float *next = to[0].to, *x0 = to[1].to;
-  combine(op.push.data ? 3 : op.x0.data || anchored ? 2 : 1, r, tile, from, to);
+  const Sink next_to = sink(space, op.next, tile, bnext, more), x0_to = sink(space, op.x0, tile, bx0, anchored),
+             push_to = sink(space, op.push, tile, bpush, more);
+  float *next = next_to.to, *x0 = x0_to.to;
+  const unsigned parts = (from.uncond ? UNCOND : 0u) | (from.history ? HISTORY : 0u) | (from.noise ? NOISE : 0u) |
+                         (op.x0.data || anchored ? X0 : 0u) | (op.push.data ? PUSH : 0u);
+  COMBINE[parts](r, tile, from, next_to, x0_to, push_to);
   for (int j = 1; j < 3 && op.history[j].data; ++j) {
     const float* h = fetch(space, op.history[j], tile, bh);
     FOR(i, n) next[i] += r.c[j] * h[i];
@@ -369,7 +374,7 @@ void affine_tile(const AffineStep& op, const Tile& tile) {
   if (late && z) add_noise_to(next, op, r, tile, z, bo);
   store(space, op.next, tile, next);
   store(space, op.x0, tile, x0);
-  store(space, op.push, tile, to[2].to);
+  store(space, op.push, tile, push_to.to);
   if (anchored) store(space, op.next_anchor, tile, ba.v);
   if (op.input.data) {
     const float c_in = op.table[std::min(row + 1, op.rows - 1) * LETTERS];
