@@ -230,11 +230,13 @@ inline void for_tiles(const Space& space, int threads, bool down, bool direct, F
   const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));
   const int64_t length = length_of_tiles(space, team, direct);
   const int64_t tiles = (space.elements + length - 1) / length, total = space.samples * tiles;
-#pragma omp parallel num_threads(team) if (team > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < total; ++i) {
-      const int64_t at = down ? total - 1 - i : i, begin = at % tiles * length;
+  const int64_t share = (total + team - 1) / team;
+  // The first thread has the first tiles whichever way it walks, as in PyTorch: they may still be in its cache.
+#pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
+  for (int64_t member = 0; member < team; ++member) {
+    const int64_t first = member * share, last = std::min(first + share, total);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t at = down ? first + last - 1 - i : i, begin = at % tiles * length;
       f(Tile{at / tiles, begin, std::min(length, space.elements - begin), down});
     }
     if (space.streamed) wait_for_stores();

@@ -139,6 +139,7 @@ def affine_step(
         InputError: what does not fit, by name; an explicit backend that has no gradient where one is needed.
     """
     vectors = (uncond, history, anchor)
+    given: Results | tuple[()] = ()
     try:
         given = () if out is None else _written(out)
         if run := library.quick("affine_step", x, output, table, uncond, *history, anchor, noise, *given):
@@ -154,10 +155,10 @@ def affine_step(
             _check_out(out, x, output, table, *vectors, noise)
         results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
         grad = library.needs_grad(x, output, table, uncond, *history, anchor, noise)
-        _runner("affine_step", x, grad)(x, output, table, row, *vectors, source, _written(results))
-    if out is not None:
-        library.written(*_written(out))
-    return _shifted(results, history)
+        _runner("affine_step", x, grad)(x, output, table, row, *vectors, source, given or _written(results))
+    if given:
+        library.written(*given)
+    return results._replace(history=(results.history[0], *history[:-1])) if history else results
 
 
 def _runner(op: str, x: Tensor, grad: bool) -> Callable[..., None]:
@@ -172,10 +173,6 @@ def _runner(op: str, x: Tensor, grad: bool) -> Callable[..., None]:
 def _written(results: Step) -> Results:
     """The tensors a body writes: the older vectors of the history are only passed on."""
     return results.x, results.x0, results.history[0] if results.history else None, results.anchor, results.input
-
-
-def _shifted(results: Step, history: tuple[Tensor, ...]) -> Step:
-    return results._replace(history=(results.history[0], *history[:-1])) if history else results
 
 
 def _source(
