@@ -12,5 +12,5 @@
 #include <utility>
 #include <vector>
 #pragma GCC target("arch=x86-64-v3")
-#include "tiles.h"
+#include "ops.h"
 #endif

@@ -1,4 +1,4 @@
 // Whatever every processor of this kind has: SSE2 on x86-64.
 #define LEVEL baseline
 #define LEVEL_NAME "baseline"
-#include "tiles.h"
+#include "ops.h"
