@@ -86,7 +86,7 @@ def test_a_planted_race_is_reported(threads):
     done = run([*threads, "race", 100])
     assert done.returncode != 0
     assert "data race" in done.stderr
-    assert "csrc/cpu/tiles.h" in done.stderr
+    assert "csrc/cpu/" in done.stderr
 
 
 def test_threads_share_nothing_but_what_they_read(threads):
