@@ -221,7 +221,7 @@ class Plan {
 
   // Contiguous or channels-last, the batch outermost.
   static bool is_dense(const Tensor& tensor) {
-    bool first = true, last = tensor.ndim > 2;
+    bool first = true, last = tensor.ndim == 4 || tensor.ndim == 5;
     int64_t row_major = 1, channels_last = tensor.ndim > 1 ? tensor.shape[1] : 1;
     for (int d = tensor.ndim - 1; d >= 0; --d) {
       const bool lone = tensor.shape[d] == 1;

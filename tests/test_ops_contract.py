@@ -61,6 +61,8 @@ def test_auto_asks_the_next_backend_where_one_refuses():
     x = torch.arange(256.0).reshape(1, *(2,) * 8)  # of more dimensions than the kernels walk
     with fd.backend("native"), pytest.raises(fd.InputError, match="2 to 7 dimensions"):
         fd.ops.guide(x, x, 1.0)
+    negated = torch.randn([2] * 8, dtype=torch.cfloat).conj().imag
+    assert torch.equal(fd.ops.guide(negated, 0 * negated, 2.0), 2 * negated)
     results = []
     for name in ("auto", "reference"):
         with fd.backend(name):
@@ -250,6 +252,11 @@ BAD = {
     "affine: seeds": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=[1, 2, 3]), "seed"),
     "affine: seed fractional": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=0.5), "seed"),
     "affine: step beyond 32 bits": (lambda: fd.ops.affine_step(X, X, TABLE, 0, seed=0, step=2**32), "step"),
+    "affine: row true": (lambda: fd.ops.affine_step(X, X, TABLE, True), "row"),
+    "guide: scale of text": (lambda: fd.ops.guide(X, X, "2"), "scale"),
+    "guide: scale beyond float": (lambda: fd.ops.guide(X, X, 10**400), "scale"),
+    "add_noise: sparse levels": (lambda: fd.ops.add_noise(X, torch.ones(2).to_sparse(), 1, X), "alpha"),
+    "guide: out transposed": (lambda: fd.ops.guide(X, X, 1, out=torch.empty(2, 4, 3).mT), "out must be contig"),
     "affine: step without seed": (lambda: fd.ops.affine_step(X, X, TABLE, 0, step=3), "give seed"),
     "affine: sample without seed": (lambda: fd.ops.affine_step(X, X, TABLE, 0, sample=[1, 2], noise=X), "give seed"),
     "add_noise: step without seed": (lambda: fd.ops.add_noise(X, 1, 1, X, step=3), "give seed"),

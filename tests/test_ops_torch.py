@@ -212,6 +212,56 @@ def test_a_batch_beyond_the_caches_has_the_bits_of_its_samples(more):
         assert_same_bits(a, torch.cat(b))
 
 
+ENTANGLED = {  # what the loss is given, made of two tensors and one number per sample
+    "output of x0": lambda a, b, k: ((a * b).tanh(), a, k, k.detach(), k.detach() ** 2, b.detach()),
+    "output is x0": lambda a, b, k: (a.sin(), a.sin(), k, k, k, b),
+    "one tensor twice": lambda a, b, k: (a, b, k, k, k, a),
+    "weight of output": lambda a, b, k: (a, b.detach(), k, k, a.mean((1, 2)).sigmoid(), b),
+}
+
+
+@pytest.mark.parametrize("case", ENTANGLED)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_stop_at_the_arguments_of_the_loss_where_one_is_made_of_another(case, compiled):
+    results = []
+    for function in (fd.ops.diffusion_loss, loss_formula):
+        leaves = [leaf(s, i, F32) for i, s in enumerate([(3, 2, 5), (3, 2, 5), (3,)])]
+
+        def run(*values, function=function):
+            return function(*ENTANGLED[case](*values)).square().sum()
+
+        run = torch.compile(run, backend="aot_eager") if compiled else run
+        results.append(torch.autograd.grad(run(*leaves), leaves, allow_unused=True))
+    for ours, formula in zip(*results, strict=True):
+        assert (ours is None) == (formula is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, formula, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_gradients_and_a_vectorised_jacobian_of_the_loss():
+    output, x0, each, z = randn((2, 2, 3), 0), randn((2, 2, 3), 1), randn((3, 2), 2), randn((2, 2, 3), 3)
+    ours, formula = (
+        torch.autograd.functional.jacobian(lambda o, f=f: f(o, x0, *each, z), output, vectorize=True)
+        for f in (fd.ops.diffusion_loss, loss_formula)
+    )
+    torch.testing.assert_close(ours, formula)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torch_func_over_the_loss():
+    output, x0, each, z = randn((2, 2, 3), 0), randn((2, 2, 3), 1), randn((3, 2), 2), randn((2, 2, 3), 3)
+    ours, formula = ([], [])
+    for f, found in ((fd.ops.diffusion_loss, ours), (loss_formula, formula)):
+        value, tangent = torch.func.jvp(lambda o, f=f: f(o, x0, *each, z), (output,), (z,))
+        assert value.dtype == tangent.dtype == F32
+        found += [value, tangent, torch.func.vmap(lambda o, f=f: f(o, x0, *each, z))(torch.stack((output, z)))]
+        found += [torch.func.vmap(torch.func.grad(lambda o, f=f: f(o, x0, *each, z).sum()))(torch.stack((output, z)))]
+    for a, b in zip(ours, formula, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_every_gradient_in_float32_is_the_formula_s(each_backend):
     def inputs():
         return [leaf(s, i, F32) for i, s in enumerate([(3, 2, 5), (3, 2, 5), (3,), (3,), (3,), (3, 2, 5)])]

@@ -217,7 +217,7 @@ inline int64_t length_of_tiles(const Space& space, int team, bool direct) {
   if (!direct) return TILE;
   const int64_t sharers = space.samples == 1 ? team : 1, whole = sharers * LONG;
   const int64_t tiles = sharers * std::max<int64_t>(1, (space.elements + whole - 1) / whole);
-  return ((space.elements + tiles - 1) / tiles + LINES) / LINES * LINES;
+  return std::max(LINES, ((space.elements + tiles - 1) / tiles + LINES - 1) / LINES * LINES);
 }
 
 // Runs f(tile) for every tile of every sample. `direct`: it needs no buffer, for all operands are flat.

@@ -58,7 +58,7 @@ def check_same(name: str, y: object, x: Tensor) -> None:
 
 
 def check_per_sample(name: str, value: object, x: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.is_nested:
+    if not isinstance(value, Tensor) or value.is_nested or value.layout is not torch.strided:
         raise InputError(f"{name} must be a tensor with one number per sample, got {type(value).__name__}")
     if value.shape != x.shape[:1]:
         raise InputError(f"{name} must hold one number per sample ({len(x)}), got {list(value.shape)}")
@@ -116,10 +116,9 @@ def check_row(row: object, count: int, x: Tensor) -> None:
 
 
 def _whole(row: object) -> int:
-    try:
-        return index(row)  # type: ignore[arg-type]
-    except TypeError:
-        raise InputError(f"row must be a whole number or one per sample, got {row!r}") from None
+    if isinstance(row, bool) or not hasattr(row, "__index__"):
+        raise InputError(f"row must be a whole number or one per sample, got {row!r}")
+    return index(row)
 
 
 def check_scale(name: str, value: Tensor | float, x: Tensor) -> Tensor | float:
@@ -131,8 +130,10 @@ def check_scale(name: str, value: Tensor | float, x: Tensor) -> Tensor | float:
     if isinstance(value, Tensor) and value.ndim:
         return check_numbers(name, value, x)
     try:
+        if isinstance(value, str):
+            raise TypeError
         return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise InputError(f"{name} must be a number or one per sample, got {value!r}") from None
 
 

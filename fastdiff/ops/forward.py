@@ -112,7 +112,7 @@ def diffusion_loss(
 
     Epsilon has f, g = 0, 1; sample 1, 0; v_prediction -sigma, alpha; flow_prediction -1, 1. Noise that is not
     given is drawn again and never stored: where only ``output`` needs a gradient, the forward pass keeps its residual,
-    a tensor like ``output``, and the backward pass scales that.
+    a tensor of x0's shape, and the backward pass scales that.
 
     Args:
         output: network output of any float dtype, shape of ``x0``, or ``[N, 2C, ...]`` with learned variance: the
@@ -138,9 +138,7 @@ def diffusion_loss(
     bound = _check_bound(bound, output, x0)
     wide = library.wide(x0)
     if library.watched() and not torch.compiler.is_compiling():
-        result = torch.empty(len(x0), dtype=wide, device=x0.device)
-        reference.diffusion_loss(output, x0, f, g, weight, bound, source, result)
-        return result
+        return reference.loss(output, x0, f, g, weight, bound, source)
     if library.traced(output, x0, f, g, weight, noise):
         return library.diffusion_loss(output, x0, f, g, weight, bound, source)
     result = torch.empty(len(x0), dtype=wide, device=x0.device)

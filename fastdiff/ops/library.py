@@ -45,7 +45,8 @@ def traced(*values: Any) -> bool:
 def watched() -> bool:
     """Whether PyTorch follows each of its own operations: forward-mode gradients, torch.func, tracers, fake tensors.
 
-    Then the reference runs, which is made of them; the other bodies write to memory behind PyTorch's back.
+    Then the reference runs, which is made of them; the other bodies write to memory behind PyTorch's back. Under vmap
+    the first tensor of an op has to be batched if any is, for the result is made like it.
     """
     return (
         forward_ad._current_level >= 0
@@ -266,12 +267,16 @@ def _diffusion_loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[T
     if grad is None:
         return (None,) * 12
     if kept and not torch.is_grad_enabled():
-        spent = getattr(ctx, "unseen", False) and not torch._C._autograd._get_current_graph_task_keep_graph()
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # by autograd.grad(is_grads_batched=True)
+        kept_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        spent = getattr(ctx, "unseen", False) and not (batched or kept_graph)
         return _gradient_of_loss(grad, output, x0, weight, bound, residual, slope, spent), *(None,) * 11
-    # Any other gradient, or one that is differentiated again: autograd follows the reference.
+    # Any other gradient, or one that is differentiated again: autograd follows the reference, from aliases on, so that
+    # it stops at the arguments even where one was made of another.
     with torch.enable_grad():
-        loss = torch.empty_like(grad)
-        reference.diffusion_loss(output, x0, f, g, weight, bound, _noise(*noise), loss)
+        given = [value.view_as(value) if need else value for value, need in zip(given, needs, strict=False)]
+        output, x0, f, g, weight, bound, *noise = given
+        loss = reference.loss(output, x0, f, g, weight, bound, _noise(*noise))
         wanted = [value for value, need in zip(given, needs, strict=False) if need]
         slopes = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
     return tuple(next(slopes) if need else None for need in needs)
@@ -320,6 +325,6 @@ class _DiffusionLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _save_loss(ctx, inputs, output)
-        ctx.unseen = True  # the residual leaves this module as a gradient only
+        ctx.unseen = True  # but by saved-tensor hooks, the residual leaves this module as a gradient only
 
     backward = staticmethod(_diffusion_loss_backward)

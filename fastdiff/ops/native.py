@@ -54,7 +54,7 @@ def _body(run: Callable[..., None], given: int = -1) -> Callable[..., None]:
             plain = _mended(arguments, given, lambda x: not x.is_neg(), Tensor.resolve_neg)
             if all(a is b for a, b in zip(plain, arguments, strict=True)):
                 raise Refused(str(error)) from None
-            run(*plain, torch.get_num_threads())
+            body(*plain)
 
     body.checks_arguments = True  # type: ignore[attr-defined]
     return body

@@ -41,18 +41,23 @@ def diffusion_loss(
     slope: Tensor | None = None,
 ) -> None:
     """Beside the loss also what its gradient is made of: the differences, and the slopes of the divergence."""
-    wide, z = _wide(x0), _noise(noise, x0)
-    target = _like(f, x0) * x0.to(wide) + _like(g, x0) * z
-    difference = output[:, : x0.shape[1]].to(wide) - target
-    loss = _like(weight, result) * _mean(difference.square())
-    if bound is not None:
-        divergence, slopes = _divergence(output, x0, bound, z)
-        loss = loss + bound[:, -1] * _mean(divergence)
-        if slope is not None:
-            slope.copy_(slopes)
-    result.copy_(loss)
+    z = _noise(noise, x0)
+    result.copy_(loss(output, x0, f, g, weight, bound, z))
     if residual is not None:
-        residual.copy_(difference)
+        residual.copy_(_difference(output, x0, f, g, z))
+    if slope is not None and bound is not None:
+        slope.copy_(_divergence(output, x0, bound, z)[1])
+
+
+def loss(
+    output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, bound: Tensor | None, noise: Noise
+) -> Tensor:
+    """The loss ``[N]``."""
+    z = _noise(noise, x0)
+    value = weight * _mean(_difference(output, x0, f, g, z).square())
+    if bound is not None:
+        value = value + bound[:, -1] * _mean(_divergence(output, x0, bound, z)[0])
+    return value.to(_wide(x0))
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: Scalar, result: Tensor) -> None:
@@ -120,6 +125,12 @@ def group_norm_silu(
         y = y + _like(shift, y)
     y = F.silu(y) if activation == "silu" else y
     return y.to(x.dtype, memory_format=format_of(x))
+
+
+def _difference(output: Tensor, x0: Tensor, f: Scalar, g: Scalar, z: Tensor) -> Tensor:
+    """output - (f x0 + g noise)"""
+    wide = _wide(x0)
+    return output[:, : x0.shape[1]].to(wide) - (_like(f, x0) * x0.to(wide) + _like(g, x0) * z)
 
 
 def _divergence(output: Tensor, x0: Tensor, bound: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

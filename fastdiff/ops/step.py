@@ -141,11 +141,11 @@ def affine_step(
     vectors = (uncond, history, anchor)
     given: Results | tuple[()] = ()
     try:
-        given = () if out is None else _written(out)
+        given = () if out is None else _targets(out)
         if run := library.quick("affine_step", x, output, table, uncond, *history, anchor, noise, *given):
             source = _source(x, row, noise, seed, step, sample)
             results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
-            run(x, output, table, row, *vectors, source, given or _written(results))
+            run(x, output, table, row, *vectors, source, given or _targets(results))
     except Exception:  # said better, or mended, below
         run = None
     if run is None:
@@ -155,7 +155,7 @@ def affine_step(
             _check_out(out, x, output, table, *vectors, noise)
         results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
         grad = library.needs_grad(x, output, table, uncond, *history, anchor, noise)
-        _runner("affine_step", x, grad)(x, output, table, row, *vectors, source, given or _written(results))
+        _runner("affine_step", x, grad)(x, output, table, row, *vectors, source, given or _targets(results))
     if given:
         library.written(*given)
     return results._replace(history=(results.history[0], *history[:-1])) if history else results
@@ -170,7 +170,7 @@ def _runner(op: str, x: Tensor, grad: bool) -> Callable[..., None]:
     return body(op, x.device, library.wide(x), differentiable=grad)
 
 
-def _written(results: Step) -> Results:
+def _targets(results: Step) -> Results:
     """The tensors a body writes: the older vectors of the history are only passed on."""
     return results.x, results.x0, results.history[0] if results.history else None, results.anchor, results.input
 

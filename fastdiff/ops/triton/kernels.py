@@ -170,6 +170,7 @@ def add_noise(
     source = Source(noise, seed, step, ids, stream)
     signal = of_sample(alpha, place.sample, tl.float32) * load(x0, place, BLOCK)
     added = of_sample(sigma, place.sample, tl.float32) * noise_of(source, place, BLOCK)
+    tl.debug_barrier()  # the result may lie over an argument of which another thread has still to load its part
     store(result, place, signal + added, BLOCK)
 
 
@@ -178,6 +179,7 @@ def guide(cond, uncond, result, scale, seed, step, ids, stream, elements, positi
     place = locate(elements, positions, blocks, BLOCK)
     unconditional = load(uncond, place, BLOCK)
     beyond = of_sample(scale, place.sample, tl.float32) * (load(cond, place, BLOCK) - unconditional)
+    tl.debug_barrier()  # as in add_noise
     store(result, place, unconditional + beyond, BLOCK)
 
 
