@@ -1,8 +1,6 @@
 """Everything static is in pyproject.toml; this builds the optional extension ``fastdiff._C``, which needs no torch.
 
-Without a C++ compiler the package installs as pure Python, without nvcc the extension is for the CPU only; either way
-``fastdiff/_build.txt`` keeps the reason, which ``fastdiff info`` shows.
-"""
+Without a compiler the package is pure Python, without nvcc for the CPU; ``fastdiff/_build.txt`` keeps the reason."""
 
 import os
 import re
@@ -12,21 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from glob import glob
-from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # Products and sums are not contracted, so that every backend gives the same bits; the math flags let loops vectorise.
-CPP = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wextra", "-Wno-maybe-uninitialized"]
-CPP += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CC = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+CC += ["-fno-trapping-math", "-Wno-maybe-uninitialized"]
 NVCC = ["-O3", "-std=c++17", "--fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = ("80", "86", "89", "90", "100")
 REPORT = "fastdiff/_build.txt"
 run = partial(subprocess.run, check=True, capture_output=True, text=True)
 KERNELS, SOURCES, HEADERS = (sorted(glob(f"csrc/**/*.{kind}", recursive=True)) for kind in ("cu", "cpp", "h"))
-NATIVE = Extension("fastdiff._C", SOURCES, depends=HEADERS + KERNELS, extra_compile_args=CPP, optional=True)
+NATIVE = Extension("fastdiff._C", SOURCES, depends=HEADERS + KERNELS, extra_compile_args=CC, optional=True)
 NATIVE.extra_link_args = ["-fopenmp", "-s"]
 
 
@@ -38,14 +35,14 @@ class BuildNative(build_ext):
         report.unlink(missing_ok=True)
         for attempt, what in ((self.with_cuda, "no CUDA kernels"), (self.with_cpp, "no compiled extension")):
             try:
-                return attempt(ext)
+                attempt(ext)
+                break
             except (Exception, SystemExit) as error:  # whatever went wrong, the rest of the package stands
                 said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
                 said = re.sub(r"Command '\['([^']*)'.*", r"\1 failed (pip install -v shows how)", said)
                 problems.append(f"{what}: {said}")
                 report.parent.mkdir(parents=True, exist_ok=True)
                 report.write_text("; ".join(problems) + "\n")
-        return None
 
     def run(self):
         super().run()
@@ -54,22 +51,16 @@ class BuildNative(build_ext):
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
-        Path(REPORT).unlink(missing_ok=True)
-        if Path(self.build_lib, REPORT).exists():
-            shutil.copy(Path(self.build_lib, REPORT), REPORT)
+        made = Path(self.build_lib, REPORT)
+        shutil.copy(made, REPORT) if made.exists() else Path(REPORT).unlink(missing_ok=True)
 
     def with_cpp(self, ext):
         import pybind11
 
         ext.include_dirs.append(pybind11.get_include())
-        one_after_another = type(self.compiler).compile.__get__(self.compiler)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-
-            def side_by_side(sources, **options):
-                return [*chain(*pool.map(lambda source: one_after_another([source], **options), sources))]
-
-            self.compiler.compile = side_by_side
-            super().build_extension(ext)
+        one, pool = type(self.compiler).compile.__get__(self.compiler), ThreadPoolExecutor(os.cpu_count())
+        self.compiler.compile = lambda all_, **more: [o for m in pool.map(lambda s: one([s], **more), all_) for o in m]
+        super().build_extension(ext)
 
     def with_cuda(self, ext):
         ext, home = deepcopy(ext), os.environ.get("CUDA_HOME", "/usr/local/cuda")

@@ -1,5 +1,7 @@
 // fastdiff._C: tensors in, kernels run. Shapes, dtypes and devices are checked once more here, whatever the caller
 // did, so that no argument can make a kernel read or write outside a tensor.
+#include <algorithm>
+
 #include "cpu/kernels.h"
 #include "plan.h"
 #if defined(FASTDIFF_CUDA)
@@ -148,6 +150,62 @@ void diffusion_loss_(py::handle output, py::handle x0, py::handle f, py::handle 
   run(op, plan.device(), threads, kernels->diffusion_loss, ON_CUDA(diffusion_loss));
 }
 
+void add_affine(GroupNorm& op, Plan& plan, const Tensor& lead, int64_t groups, py::handle weight, py::handle bias,
+                py::handle scale, py::handle shift) {
+  op.samples = plan.samples(), op.channels = lead.shape[1], op.groups = groups;
+  if (groups < 1 || op.channels % groups) refuse("groups must divide the channels");
+  op.positions = op.channels ? plan.elements() / op.channels : 0;
+  plan.add_vector(op.weight, weight, "weight", false), plan.add_vector(op.bias, bias, "bias", false);
+  plan.add_vector(op.scale, scale, "scale", true), plan.add_vector(op.shift, shift, "shift", true);
+}
+
+void run_norm(GroupNorm& op, Plan& plan, int threads) {
+  if (op.x.type == Type::f64) refuse("float64 is for the reference");
+  for (const Operand* other : {&op.residual, &op.grad, &op.result, &op.sum})
+    if (other->data && other->type != op.x.type) refuse("the tensors differ in dtype");
+  Space space;
+  op.channels_last = plan.dense(space);
+  if (plan.device().type != CPU) refuse("group norm runs on the CPU only");
+  if (op.samples == 0 || space.elements == 0) return;
+  py::gil_scoped_release unlocked;
+  kernels->group_norm(op, std::max(threads, 1));
+}
+
+void group_norm_silu_(py::handle x, int64_t groups, py::handle weight, py::handle bias, float eps, py::handle scale,
+                      py::handle shift, py::handle residual, bool silu, py::handle result, py::handle sum,
+                      py::handle moments, int threads) {
+  GroupNorm op;
+  const Tensor lead = tensor_of(x, "x");
+  Plan plan(lead);
+  plan.add(op.x, x, "x");
+  plan.add_optional(op.residual, residual, "residual");
+  add_affine(op, plan, lead, groups, weight, bias, scale, shift);
+  op.eps = eps, op.silu = silu;
+  plan.add_result(op.result, result, "result");
+  plan.add_result(op.sum, sum, "sum");
+  if (absent(result)) refuse("result must be a tensor");
+  op.moments = plan.pairs(moments, groups, "moments", true);
+  run_norm(op, plan, threads);
+}
+
+void group_norm_silu_backward_(py::handle grad, py::handle x, py::handle moments, int64_t groups, py::handle weight,
+                               py::handle bias, py::handle scale, py::handle shift, bool silu, py::handle more,
+                               py::handle result, py::handle sums, int threads) {
+  GroupNorm op;
+  const Tensor lead = tensor_of(x, "x");
+  Plan plan(lead);
+  plan.add(op.x, x, "x");
+  plan.add(op.grad, grad, "grad");
+  plan.add_optional(op.residual, more, "the sum's gradient");
+  add_affine(op, plan, lead, groups, weight, bias, scale, shift);
+  op.silu = silu;
+  op.moments = plan.pairs(moments, groups, "moments", false);
+  plan.add_result(op.result, result, "result");
+  op.sums = plan.pairs(sums, op.channels, "sums", true);
+  if (absent(result) || absent(moments) || absent(sums)) refuse("moments, result and sums must be tensors");
+  run_norm(op, plan, threads);
+}
+
 const uint32_t* words_of(const py::buffer_info& info, int64_t width, int64_t count) {
   if (info.format != py::format_descriptor<uint32_t>::format() || info.ndim != 2 || info.shape[1] != width ||
       info.shape[0] != count || info.strides[1] != 4 || info.strides[0] != 4 * width)
@@ -211,6 +269,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("affine_step", affine_step_);
   m.def("diffusion_loss", diffusion_loss_);
   m.def("chunks", chunks);
+  m.def("group_norm_silu", group_norm_silu_);
+  m.def("group_norm_silu_backward", group_norm_silu_backward_);
   m.def("philox", philox_);
   m.def("level", [] { return kernels->name; });
   m.def("levels", [] {

@@ -33,21 +33,35 @@ FD_HD uint16_t to_f16(float value) {
   return uint16_t(result | sign);
 }
 
-// exp(x) to about one unit in the last place, 0 and infinity beyond the range of float32; NaN stays.
-FD_HD float exponential(float x) {
-  float bounded = x < -104.0f ? -104.0f : x;
-  bounded = bounded > 89.0f ? 89.0f : bounded;
-  // Adding 1.5 * 2^23 rounds to a whole number.
-  const float k = (bounded * 0x1.715476p+0f + 0x1.8p23f) - 0x1.8p23f;
-  const float f = fma(k, 0x1.05c610p-29f, fma(k, -0x1.62e430p-1f, bounded));
+// (exp(f) - 1 - f) / f^2 for |f| <= log(2) / 2.
+FD_HD float exponential_tail(float f) {
   float p = fma(0x1.6dbc68p-10f, f, 0x1.124148p-7f);
   p = fma(p, f, 0x1.555454p-5f);
   p = fma(p, f, 0x1.555486p-3f);
   p = fma(p, f, 0.5f);
-  const float e = 1.0f + fma(f * f, p, f);
+  return p;
+}
+
+// exp(x) to about one unit in the last place, 0 and infinity beyond the range of float32; NaN stays.
+FD_HD float exponential(float x) {
+  float bounded = x < -104.0f ? -104.0f : x;
+  bounded = bounded > 89.0f ? 89.0f : bounded;
+  // Adding 1.5 * 2^23 rounds to a whole number, which the sum then holds in its last bits.
+  const float sum = bounded * 0x1.715476p+0f + 0x1.8p23f, k = sum - 0x1.8p23f;
+  const float f = fma(k, 0x1.05c610p-29f, fma(k, -0x1.62e430p-1f, bounded));
+  const float e = 1.0f + fma(f * f, exponential_tail(f), f);
   // 2^k in two factors, each of them a normal number.
-  const int32_t whole = int32_t(k == k ? k : 0.0f), half = whole >> 1;
-  return e * bits_as<float>((half + 127) << 23) * bits_as<float>((whole - half + 127) << 23);
+  const int32_t whole = int32_t(bits_as<uint32_t>(sum) - 0x4B400000u), half = whole >> 1;
+  return e * bits_as<float>(uint32_t(half + 127) << 23) * bits_as<float>(uint32_t(whole - half + 127) << 23);
+}
+
+// exp of x held within -87 ... 87, where one factor is enough; a number even for NaN, which is for the caller to keep.
+FD_HD float exponential_within(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x), magnitude = bits & 0x7FFFFFFFu, most = 0x42AE0000u;
+  const float bounded = bits_as<float>((magnitude < most ? magnitude : most) | (bits & 0x80000000u));
+  const float sum = fma(bounded, 0x1.715476p+0f, 0x1.8p23f), k = sum - 0x1.8p23f;
+  const float f = fma(k, 0x1.05c610p-29f, fma(k, -0x1.62e430p-1f, bounded));
+  return fma(f, fma(f, exponential_tail(f), 1.0f), 1.0f) * bits_as<float>((bits_as<uint32_t>(sum) - 0x4B400000u + 127u) << 23);
 }
 
 // exp(d) - 1, and exp(d) - 1 - d, without cancellation near 0.

@@ -107,6 +107,17 @@ struct DiffusionLoss {
 constexpr int64_t CHUNK = 16384;
 inline int64_t chunks(int64_t elements) { return elements > CHUNK ? (elements + CHUNK - 1) / CHUNK : 1; }
 
+// act(group norm(x + residual) (1 + scale) + shift). Forward: result, and where they are wanted the sum with the residual
+// and the moments [N, groups, 2] (mean, 1 / standard deviation). Backward, where there is a `grad`: x is that sum, the
+// residual what is added to its gradient, result the gradient, and sums [N, C, 2] are those of dz and of dz xhat.
+struct GroupNorm {
+  int64_t samples = 0, channels = 0, positions = 0, groups = 0;
+  bool channels_last = false, silu = false;
+  float eps = 0;
+  Operand x, residual, weight, bias, scale, shift, grad, result, sum;
+  float *moments = nullptr, *sums = nullptr;
+};
+
 struct Normal {
   Space space;
   Noise noise;

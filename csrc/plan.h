@@ -15,6 +15,7 @@ namespace py = pybind11;
 namespace fastdiff {
 namespace {
 
+constexpr int64_t MOST_CHANNELS = 256;  // of a walk, channels last, in which noise is drawn a channel at a time
 constexpr int64_t BEYOND_CACHE = 32 << 20;  // bytes of a call that no cache keeps until the next
 
 const ExchangeApi* api = nullptr;
@@ -66,7 +67,7 @@ class Plan {
     if (device_.type != CPU && device_.type != CUDA) refuse("tensors must be on the CPU or on a CUDA device");
     samples_ = lead.shape[0];
     for (int d = 0; d < dims_; ++d) shape_[d] = lead.shape[d + 1], order_[d] = d;
-    if (channels_last(lead) && !(drawn && device_.type == CUDA)) std::rotate(order_, order_ + 1, order_ + dims_);
+    if (channels_last(lead) && !(drawn && (device_.type == CUDA || shape_[0] > MOST_CHANNELS))) std::rotate(order_, order_ + 1, order_ + dims_);
   }
 
   // A tensor of the lead's shape; or with `wide`, of so many times its channels, of which this is part `part`.
@@ -187,6 +188,42 @@ class Plan {
     return space;
   }
 
+  // The walk of tensors that lie alike and without gaps within a sample; whether channels come last in it.
+  bool dense(Space& walk) {
+    walk = space(false);
+    bool alike = walk.dims == 1;
+    for (int i = 0; i < count_; ++i) alike = alike && (walk.elements <= 1 || operands_[i]->stride[0] == 1);
+    if (!alike && samples_ * elements() > 0) refuse("tensors must all be contiguous, or all channels-last");
+    return order_[0] != 0;
+  }
+
+  // Numbers by channel [C], or by sample and channel [N, C].
+  void add_vector(Operand& operand, py::handle object, const char* name, bool per_sample) {
+    if (absent(object)) return;
+    const Tensor tensor = tensor_of(object, name);
+    check_device(tensor, name);
+    const bool fits = tensor.ndim == (per_sample ? 2 : 1) && tensor.shape[tensor.ndim - 1] == shape_[0] &&
+                      (!per_sample || tensor.shape[0] == samples_);
+    if (!fits) refuse(std::string(name) + " has the wrong shape");
+    if (is_negated(object)) refuse(std::string(name) + " is a view that is yet to be negated");
+    operand.data = tensor.data(), operand.type = type_of(tensor, name);
+    operand.sample = per_sample ? tensor.strides[0] : 0, operand.stride[0] = tensor.strides[tensor.ndim - 1];
+    take(tensor);
+  }
+
+  // Contiguous float32 [N, count, 2], or null.
+  float* pairs(py::handle object, int64_t count, const char* name, bool written) {
+    if (absent(object)) return nullptr;
+    const Tensor tensor = tensor_of(object, name);
+    check_device(tensor, name);
+    if (tensor.ndim != 3 || tensor.shape[0] != samples_ || tensor.shape[1] != count || tensor.shape[2] != 2 ||
+        type_of(tensor, name) != Type::f32 || !is_dense(tensor))
+      refuse(std::string(name) + " must be contiguous float32, two for each of " + std::to_string(count));
+    take(tensor);
+    if (written) check_apart(name, [](const Operand*) { return false; });
+    return reinterpret_cast<float*>(tensor.data());
+  }
+
   int64_t samples() const { return samples_; }
 
   int64_t elements() const {
@@ -216,7 +253,7 @@ class Plan {
       if (shape_[d - 1] != 1 && lead.strides[d] != expected) last = false;
       expected *= shape_[d - 1];
     }
-    return last && !first && shape_[0] <= 256;
+    return last && !first;
   }
 
   // Contiguous or channels-last, the batch outermost.

@@ -33,6 +33,36 @@ def diffusion_loss(
     sums: Any,
     threads: int,
 ) -> None: ...
+def group_norm_silu(
+    x: Any,
+    groups: int,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    scale: Any,
+    shift: Any,
+    residual: Any,
+    silu: bool,
+    result: Any,
+    sum: Any,
+    moments: Any,
+    threads: int,
+) -> None: ...
+def group_norm_silu_backward(
+    grad: Any,
+    x: Any,
+    moments: Any,
+    groups: int,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    shift: Any,
+    silu: bool,
+    more: Any,
+    result: Any,
+    sums: Any,
+    threads: int,
+) -> None: ...
 def chunks(elements: int) -> int: ...
 def philox(counters: Any, keys: Any, words: Any) -> None: ...
 def level() -> str: ...

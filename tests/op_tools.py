@@ -322,10 +322,11 @@ def check_group_norm(shape, groups, dtype=F32, layout="contiguous", parts="wbsh"
         part: randn(size, seed + 1 + i, work) for i, (part, size) in enumerate(sizes.items()) if part in parts
     }
     weight, bias, scale_, shift = (given_parts.get(part) for part in "wbsh")
-    more = {"scale": scale_, "shift": shift, "activation": activation}
-    result = twice(lambda: fd.ops.group_norm_silu(x, groups, weight, bias, 1e-5, **more), x)
-    assert result.dtype == dtype
-    y, ratio = numpy_group_norm(x, groups)
+    residual = lay_out(randn(shape, seed + 9, dtype), layout) if "r" in parts else None
+    total = x if residual is None else x + residual
+    more = {"scale": scale_, "shift": shift, "activation": activation, "residual": residual, "keep_sum": True}
+    results = on_each_backend(dtype, lambda: fd.ops.group_norm_silu(x, groups, weight, bias, 1e-5, **more), x)
+    y, ratio = numpy_group_norm(total, groups)
     error = 16 * u * (1 + ratio) * (1 + np.abs(y))
     spread = {
         part: np.asarray(exact(value)).reshape(*((1,) * (2 - value.ndim)), *value.shape, *(1,) * (len(shape) - 2))
@@ -338,8 +339,11 @@ def check_group_norm(shape, groups, dtype=F32, layout="contiguous", parts="wbsh"
         y = y / (1 + np.exp(-y))
         error = 1.2 * error + 8 * u * (1 + np.abs(y)) ** 2
     final = unit(dtype) * (np.abs(y) + error) if dtype != work else 0
-    assert_within(result, np.broadcast_to(y, shape), error + final + TINY[dtype])
-    assert_kept_format(result, layout)
+    for result, kept in results:
+        assert result.dtype == dtype
+        assert_within(result, np.broadcast_to(y, shape), error + final + TINY[dtype])
+        assert_kept_format(result, layout)
+        assert_same_bits(kept, total)
 
 
 # ---- every op as a function of its tensors --------------------------------------------------

@@ -8,10 +8,13 @@ from op_tools import (
     F16,
     F32,
     F64,
+    FENCE,
     LAYOUTS,
+    assert_kept_format,
     assert_within,
     check_group_norm,
     exact,
+    fence,
     lay_out,
     numpy_group_norm,
     randn,
@@ -19,6 +22,7 @@ from op_tools import (
 )
 
 import fastdiff as fd
+from fastdiff import _C
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -39,10 +43,137 @@ def test_group_norm_dtypes(dtype, activation):
     check_group_norm((2, 8, 5, 3), 4, dtype, activation=activation)
 
 
-@pytest.mark.parametrize("parts", ["", "w", "b", "wb", "s", "h", "sh", "ws", "bh"])
+@pytest.mark.parametrize("parts", ["", "w", "b", "wb", "s", "h", "sh", "ws", "bh", "r", "wbshr"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_group_norm_with_and_without_each_part(parts, layout):
-    check_group_norm((2, 6, 4, 3), 2, layout=layout, parts=parts)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_group_norm_with_and_without_each_part(parts, layout, dtype):
+    check_group_norm((2, 6, 4, 3), 2, dtype, layout=layout, parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((1, 320, 20, 17), 32), ((3, 96, 9, 33), 32), ((2, 512, 8, 8), 32)], ids=str
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_group_norm_of_many_pieces(shape, groups, layout):
+    """Several pieces of rows and of runs, fewer samples than threads, widths that no vector divides."""
+    check_group_norm(shape, groups, layout=layout)
+    check_gradients(shape, groups, F32, layout, "wbshr", "silu")
+
+
+def formula(x, groups, weight, bias, scale, shift, residual, activation):
+    """In float64, by torch's own operations: the result and the sum."""
+    h = x if residual is None else x + residual
+    y = torch.nn.functional.group_norm(h.contiguous(), groups, weight, bias, 1e-5)
+    each = (*y.shape[:2], *(1,) * (y.ndim - 2))
+    y = y if scale is None else y * (1 + scale.reshape(each))
+    y = y if shift is None else y + shift.reshape(each)
+    return (torch.nn.functional.silu(y) if activation == "silu" else y), h
+
+
+def check_gradients(shape, groups, dtype, layout, parts, activation, keep_sum=True):
+    """Every gradient against float64; a half-precision sum is rounded before it is normalised."""
+    names, sizes = ["x", "w", "b", "s", "h", "r"], (shape, shape[1:2], shape[1:2], shape[:2], shape[:2], shape)
+    tensors = [
+        lay_out(randn(size, i, dtype), layout) if size == shape else randn(size, i) for i, size in enumerate(sizes)
+    ]
+    tensors = [t if name == "x" or name in parts else None for name, t in zip(names, tensors, strict=True)]
+    grads = [lay_out(randn(shape, 7 + i, dtype), layout) for i in range(2)]
+    leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
+    x, w, b, s, h, r = leaves
+    more = {"scale": s, "shift": h, "residual": r, "activation": activation, "keep_sum": True}
+    y, total = fd.ops.group_norm_silu(x, groups, w, b, **more)
+    wanted = [t for t in leaves if t is not None]
+    ours = torch.autograd.grad((y, total) if keep_sum else y, wanted, grads if keep_sum else grads[0])
+    wide = [t if t is None else t.detach().double().requires_grad_() for t in tensors]
+    x, w, b, s, h, r = wide
+    rounded = None if r is None else r + ((tensors[0] + tensors[5]).double() - (x + r)).detach()
+    results = formula(x, groups, w, b, s, h, rounded, activation)
+    wanted = [t for t in wide if t is not None]
+    truth = torch.autograd.grad(
+        results if keep_sum else results[0], wanted, [g.double() for g in grads[: 1 + keep_sum]], retain_graph=True
+    )
+    for name, a, t in zip([n for n, v in zip(names, tensors, strict=True) if v is not None], ours, truth, strict=True):
+        size = t.abs().max()
+        assert a.dtype == (dtype if name in "xr" else F32)
+        assert (a.double() - t).abs().max() <= (3e-6 + 2 * unit(a.dtype) * (a.dtype != F32)) * (1 + size), name
+        if name == "x":
+            assert_kept_format(a, layout)
+
+
+@pytest.mark.parametrize("parts", ["", "wb", "sh", "wbsh", "r", "wbshr"])
+@pytest.mark.parametrize("activation", ["silu", "none"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_gradients_of_group_norm(parts, activation, layout, dtype, each_backend):
+    check_gradients((2, 6, 5, 7), 3, dtype, layout, parts, activation)
+
+
+@pytest.mark.parametrize(("shape", "groups"), GROUPED[1:], ids=str)
+def test_gradients_of_group_norm_shapes(shape, groups, each_backend):
+    check_gradients(shape, groups, F32, "contiguous", "wbshr", "silu", keep_sum=False)
+
+
+def test_a_gradient_of_the_sum_alone_and_of_nothing_else(each_backend):
+    x, r = (randn((2, 4, 3), i).requires_grad_() for i in range(2))
+    _, total = fd.ops.group_norm_silu(x, 2, residual=r, keep_sum=True)
+    assert all(torch.equal(g, torch.ones_like(x)) for g in torch.autograd.grad(total.sum(), (x, r)))
+
+
+def test_no_elements_have_gradients_of_zero(each_backend):
+    x, w = torch.zeros(0, 4, 3, 3, requires_grad=True), torch.ones(4, requires_grad=True)
+    gx, gw = torch.autograd.grad(fd.ops.group_norm_silu(x, 2, w).sum(), (x, w))
+    assert gx.shape == x.shape
+    assert not gw.any()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_every_level_and_any_number_of_threads_give_the_same_bits(layout, dtype, batch):
+    x, w, b = lay_out(randn((batch, 48, 23, 29), 0, dtype), layout), randn((48,), 1), randn((48,), 2)
+    grad = lay_out(randn(x.shape, 3, dtype), layout)
+    results = []
+    for level in _C.levels():
+        for threads in (1, 2, 3):
+            _C.use(level)
+            y, dx, moments, sums = (torch.empty_like(x) for _ in range(2)), None, torch.empty(batch, 16, 2), None
+            (y, dx), sums = y, torch.empty(batch, 48, 2)
+            _C.group_norm_silu(x, 16, w, b, 1e-5, None, None, None, True, y, None, moments, threads)
+            _C.group_norm_silu_backward(grad, x, moments, 16, w, b, None, None, True, None, dx, sums, threads)
+            results.append((y, moments, dx, sums))
+    _C.use(_C.levels()[0])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_lie_between_their_fences(layout):
+    x, r = (lay_out(randn((3, 12, 7, 5), i), layout) for i in range(2))
+    y, total, dx = (fence(torch.full_like(x, np.nan), 7.0) for _ in range(3))
+    moments, sums = (fence(torch.full((3, size, 2), np.nan), 7.0) for size in (4, 12))
+    none = (None,) * 4
+    _C.group_norm_silu(fence(x, np.nan)[0], 4, *none[:2], 1e-5, *none[:2], r, True, y[0], total[0], moments[0], 2)
+    _C.group_norm_silu_backward(y[0], total[0], moments[0], 4, *none, True, None, dx[0], sums[0], 2)
+    for result, memory in (y, total, dx, moments, sums):
+        assert result.isfinite().all()
+        assert (memory[:FENCE] == 7).all()
+        assert (memory[-FENCE:] == 7).all()
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_a_compiled_group_norm_is_eager_s():
+    x, w, b = (randn(s, i).requires_grad_() for i, s in enumerate([(2, 6, 5, 5), (6,), (6,)]))
+
+    def block(x, w, b):
+        y, total = fd.ops.group_norm_silu(x.sin(), 3, w, b, residual=x, keep_sum=True)
+        return (y + total).square().mean()
+
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for f in (block, compiled):
+        found = [f(x, w, b), *torch.autograd.grad(f(x, w, b), (x, w, b))]
+        for a, t in zip(found, [block(x, w, b), *torch.autograd.grad(block(x, w, b), (x, w, b))], strict=True):
+            torch.testing.assert_close(a, t)
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((1, 1), 1), ((1, 4, 1, 1), 4), ((2, 4, 1, 1), 4)])

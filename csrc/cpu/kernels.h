@@ -16,6 +16,7 @@ struct Kernels {
   void (*guide)(const Guide&, int threads);
   void (*affine_step)(const AffineStep&, int threads);
   void (*diffusion_loss)(const DiffusionLoss&, int threads);
+  void (*group_norm)(const GroupNorm&, int threads);
   void (*philox)(const uint32_t* counters, const uint32_t* keys, uint32_t* words, int64_t count);
 };
 

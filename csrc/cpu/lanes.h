@@ -1,6 +1,8 @@
 // What the compiler does not find by itself, once for each instruction set: Philox for consecutive quads of a sample,
 // one quad in each 64-bit lane (the 32-bit product with a constant is then one instruction, its upper half one
 // shift), and stores that go past the caches.
+#pragma once
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

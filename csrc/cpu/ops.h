@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "norm.h"
 #include "tiles.h"
 
 namespace fastdiff {
@@ -262,6 +263,6 @@ void philox_words(const uint32_t* counters, const uint32_t* keys, uint32_t* word
 
 }  // namespace
 
-const Kernels LEVEL = {LEVEL_NAME, normal, add_noise, guide, affine_step, diffusion_loss, philox_words};
+const Kernels LEVEL = {LEVEL_NAME, normal, add_noise, guide, affine_step, diffusion_loss, group_norm, philox_words};
 
 }  // namespace fastdiff

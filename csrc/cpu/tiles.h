@@ -1,5 +1,7 @@
 // Tiles: a part of a sample is fetched into float32 (where it is not flat float32 already), computed in simple loops
 // over the tile, which stays in the first-level cache, and stored. Threads share the tiles.
+#pragma once
+
 #include <algorithm>
 #include <initializer_list>
 

@@ -29,6 +29,15 @@ _library.define(f"add_noise(Tensor x0, Tensor alpha, Tensor sigma, {NOISE}) -> T
 LOSS = f"Tensor output, Tensor x0, Tensor f, Tensor g, Tensor weight, Tensor? bound, {NOISE}"
 # The loss and, if they are kept, the residual and the slope that its gradient is made of (else empty tensors).
 _library.define(f"diffusion_loss({LOSS}, bool kept) -> (Tensor, Tensor, Tensor)")
+# The result, the sum with the residual (empty without one) and the moments of the groups.
+_library.define(
+    "group_norm_silu(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift,"
+    " Tensor? residual, bool silu) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "group_norm_silu_backward(Tensor grad, Tensor h, Tensor moments, int groups, Tensor? weight, Tensor? bias,"
+    " Tensor? scale, Tensor? shift, bool silu, Tensor? more) -> (Tensor, Tensor)"
+)
 _library.define("guide(Tensor cond, Tensor uncond, Tensor scale, Tensor(a!) result) -> ()")
 _library.define(
     "affine_step(Tensor x, Tensor output, Tensor table, int row, Tensor? rows, Tensor? uncond, Tensor[] history,"
@@ -107,6 +116,12 @@ def diffusion_loss(
     return result
 
 
+def group_norm_silu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    run = torch.ops.fastdiff.group_norm_silu if torch.compiler.is_compiling() else _GroupNorm.apply
+    result, total, _ = run(*arguments)
+    return result, total
+
+
 def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, result: Tensor) -> None:
     torch.ops.fastdiff.guide(cond, uncond, _tensor(scale), result)
 
@@ -169,6 +184,28 @@ def _run_diffusion_loss(output: Tensor, x0: Tensor, *rest: Any) -> tuple[Tensor,
     return loss, residual, slope
 
 
+def _run_group_norm_silu(x: Tensor, groups: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    result, total, moments = _results_of_norm(x, groups, *rest)
+    kept = None if rest[-2] is None else total
+    body("group_norm_silu", x.device, wide(x))(x, groups, *rest, result, kept, moments)
+    return result, total, moments
+
+
+def _run_group_norm_silu_backward(grad: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    result, sums = _results_of_norm_backward(grad, h)
+    body("group_norm_silu_backward", h.device, wide(h))(grad, h, *rest, result, sums)
+    return result, sums
+
+
+def _results_of_norm(x: Tensor, groups: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.new_empty(0) if rest[-2] is None else empty_like(x)
+    return empty_like(x), total, torch.empty((x.shape[0], groups, 2), dtype=wide(x), device=x.device)
+
+
+def _results_of_norm_backward(grad: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_like(h), torch.empty((*h.shape[:2], 2), dtype=wide(h), device=h.device)
+
+
 def _run_guide(cond: Tensor, uncond: Tensor, scale: Tensor, result: Tensor) -> None:
     body("guide", cond.device, wide(cond))(cond, uncond, _number(scale), result)
 
@@ -202,12 +239,16 @@ def _results_of_loss(output: Tensor, x0: Tensor, *rest: Any) -> tuple[Tensor, Te
 for _name, _function in (
     ("add_noise", _run_add_noise),
     ("diffusion_loss", _run_diffusion_loss),
+    ("group_norm_silu", _run_group_norm_silu),
+    ("group_norm_silu_backward", _run_group_norm_silu_backward),
     ("guide", _run_guide),
     ("affine_step", _run_affine_step),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdiff::add_noise", lambda x0, *_: empty_like(x0), lib=_library)
 torch.library.register_fake("fastdiff::diffusion_loss", _results_of_loss, lib=_library)
+torch.library.register_fake("fastdiff::group_norm_silu", _results_of_norm, lib=_library)
+torch.library.register_fake("fastdiff::group_norm_silu_backward", _results_of_norm_backward, lib=_library)
 torch.library.register_fake("fastdiff::guide", lambda *_: None, lib=_library)
 torch.library.register_fake("fastdiff::affine_step", lambda *_: None, lib=_library)
 
@@ -305,10 +346,69 @@ def _gradient_of_loss(
     return gradient.to(output.dtype)
 
 
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, total, moments = output
+    without = inputs[7] is None
+    ctx.mark_non_differentiable(*((total, moments) if without else (moments,)))
+    ctx.set_materialize_grads(False)
+    _save(ctx, (*inputs, None if without else total, moments), output[0])
+
+
+def _group_norm_backward(ctx: Any, grad: Tensor | None, more: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    *given, total, moments = _saved(ctx)
+    needs = ctx.needs_input_grad
+    if grad is None or torch.is_grad_enabled():
+        return _follow(given, needs, grad, more)
+    x, groups, weight, bias, _, scale, shift, residual, silu = given
+    h = x if residual is None else total
+    dx, sums = torch.ops.fastdiff.group_norm_silu_backward(
+        grad, h, moments, groups, weight, bias, scale, shift, silu, more
+    )
+    plain, along = sums.unbind(2)
+    factor = 1 if scale is None else 1 + scale.to(sums.dtype)
+    gradients: dict[int, Tensor] = {0: dx, 7: dx}
+    if needs[2]:
+        gradients[2] = (factor * along).sum(0)
+    if needs[3]:
+        gradients[3] = (factor * plain).sum(0)
+    if needs[5]:
+        inner = along if weight is None else weight.to(sums.dtype) * along
+        gradients[5] = inner if bias is None else inner + bias.to(sums.dtype) * plain
+    if needs[6]:
+        gradients[6] = plain
+    return tuple(gradients[i].to(given[i].dtype) if need else None for i, need in enumerate(needs))
+
+
+def _follow(
+    given: list[Any], needs: tuple[bool, ...], grad: Tensor | None, more: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients that are differentiated again, or of the sum alone: autograd follows the reference, from aliases on."""
+    if grad is None and more is None:
+        return (None,) * len(needs)
+    with torch.enable_grad():
+        given = [value.view_as(value) if need else value for value, need in zip(given, needs, strict=True)]
+        pairs = zip(reference.group_norm(*given), (grad, more), strict=True)
+        results, gradients = zip(*((result, g) for result, g in pairs if g is not None), strict=True)
+        wanted = [value for value, need in zip(given, needs, strict=True) if need]
+        slopes = iter(torch.autograd.grad(results, wanted, gradients, create_graph=True, allow_unused=True))
+    return tuple(next(slopes) if need else None for need in needs)
+
+
 torch.library.register_autograd("fastdiff::add_noise", _add_noise_backward, setup_context=_save, lib=_library)
 torch.library.register_autograd(
     "fastdiff::diffusion_loss", _diffusion_loss_backward, setup_context=_save_loss, lib=_library
 )
+
+
+torch.library.register_autograd(
+    "fastdiff::group_norm_silu", _group_norm_backward, setup_context=_save_norm, lib=_library
+)
+
+
+class _GroupNorm(torch.autograd.Function):
+    forward = staticmethod(_run_group_norm_silu)
+    setup_context = staticmethod(_save_norm)
+    backward = staticmethod(_group_norm_backward)
 
 
 class _AddNoise(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.errors import Refused
 from fastdiff.noise import Address
-from fastdiff.ops.layout import is_dense
+from fastdiff.ops.layout import format_of, is_dense
 
 REPORT = Path(__file__).parent.parent / "_build.txt"  # what the build says it could not build, and why
 
@@ -31,6 +31,8 @@ def refuses(op: str, device: str, dtype: torch.dtype) -> str:
     """Why an op cannot run on a device with its state in a dtype; empty if it can."""
     if device not in ("cpu", "cuda"):
         return f"runs on cpu and cuda, not on {device}"
+    if device == "cuda" and op.startswith("group_norm"):
+        return f"has no {op} on cuda yet"
     if device == "cuda" and not _C.cuda:
         return f"was built without CUDA: {_report('no nvcc')}"
     return "computes in float32, not in float64" if dtype == torch.float64 else ""
@@ -76,10 +78,29 @@ def _mend(argument: Any, fits: Callable[[Tensor], bool], mend: Callable[[Tensor]
     return argument
 
 
+def _alike(run: Callable[..., None], lead: int, others: tuple[int, ...], result: int) -> Callable[..., None]:
+    """A body whose tensors have to lie alike: those that do not are copied to the lead's format."""
+
+    def body(*arguments: Any) -> None:
+        given = list(arguments)
+        form = format_of(given[result])
+        for i in (lead, *others):
+            if given[i] is not None:
+                given[i] = given[i].contiguous(memory_format=form).resolve_neg()
+        try:
+            run(*given, torch.get_num_threads())
+        except ValueError as error:
+            raise Refused(str(error)) from None
+
+    return body
+
+
 normal = _body(_C.normal, given=0)
 add_noise = _body(_C.add_noise)
 guide = _body(_C.guide)
 affine_step = _body(_C.affine_step)
+group_norm_silu = _alike(_C.group_norm_silu, 0, (7,), result=9)
+group_norm_silu_backward = _alike(_C.group_norm_silu_backward, 1, (0, 9), result=10)
 _diffusion_loss = _body(_C.diffusion_loss, given=-4)
 
 

@@ -7,6 +7,8 @@ the result is rounded once to the dtype it is kept in. ``noise`` is a tensor or 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -112,19 +114,88 @@ def group_norm_silu(
     eps: float,
     scale: Tensor | None,
     shift: Tensor | None,
-    activation: str,
-) -> Tensor:
+    residual: Tensor | None,
+    silu: bool,
+    result: Tensor,
+    total: Tensor | None,
+    moments: Tensor | None,
+) -> None:
+    """``moments`` [N, groups, 2] gets the mean and 1 / sqrt(variance + eps) of each group."""
+    y, h = group_norm(x, groups, weight, bias, eps, scale, shift, residual, silu)
+    result.copy_(y)
+    if total is not None:
+        total.copy_(h)
+    if moments is not None:
+        flat = h.to(_wide(x)).reshape(len(x), groups, math.prod(x.shape[1:]) // groups)
+        mean = flat.mean(2, keepdim=True)
+        variance = (flat - mean).square().mean(2, keepdim=True)
+        moments.copy_(torch.cat((mean, (variance + eps).rsqrt()), 2))
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result and the sum that was normalised."""
     # ATen's variance is two-pass only on contiguous memory; its channels-last form cancels.
+    h = x if residual is None else x + residual
     wide = _wide(x)
     weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
-    flat = (x.flatten(2) if x.ndim > 2 else x).to(wide).contiguous()
+    flat = (h.flatten(2) if h.ndim > 2 else h).to(wide).contiguous()
     y = torch.group_norm(flat, groups, weight, bias, eps).reshape(x.shape)
     if scale is not None:
         y = y * (1 + _like(scale, y))
     if shift is not None:
         y = y + _like(shift, y)
-    y = F.silu(y) if activation == "silu" else y
-    return y.to(x.dtype, memory_format=format_of(x))
+    y = F.silu(y) if silu else y
+    return y.to(x.dtype, memory_format=format_of(x)), h
+
+
+def group_norm_silu_backward(
+    grad: Tensor,
+    h: Tensor,
+    moments: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    more: Tensor | None,
+    result: Tensor,
+    sums: Tensor,
+) -> None:
+    """The gradient of the sum (plus ``more``), and for each channel the sums of dz and of dz xhat, ``[N, C, 2]``.
+
+    z = xhat gain + offset is what the activation takes.
+    """
+    wide, (n, channels) = _wide(h), h.shape[:2]
+    one = torch.ones((), dtype=wide, device=h.device)
+    factor = one if scale is None else 1 + scale.to(wide)
+    gain = (one if weight is None else weight.to(wide)) * factor
+    offset = (0 * one if bias is None else bias.to(wide)) * factor + (0 if shift is None else shift.to(wide))
+    gain, offset = (v.expand(n, channels)[..., None] for v in (gain, offset))
+    mean, inverse = (m.repeat_interleave(channels // groups, 1)[..., None] for m in moments.to(wide).unbind(2))
+    shape = (n, channels, math.prod(h.shape[2:]))
+    flat, dz = h.to(wide).reshape(shape), grad.to(wide).reshape(shape)
+    xhat = (flat - mean) * inverse
+    if silu:
+        z = xhat * gain + offset
+        s = z.sigmoid()
+        dz = dz * s * (1 + z * (1 - s))
+    sums.copy_(torch.stack((dz.sum(2), (dz * xhat).sum(2)), 2))
+    grouped = (n, groups, math.prod(shape[1:]) // groups)
+    plain, along = ((gain * v).reshape(grouped).mean(2, keepdim=True) for v in (dz, dz * xhat))
+    dx = inverse * ((gain * dz).reshape(grouped) - plain - xhat.reshape(grouped) * along).reshape(flat.shape)
+    dx = dx.reshape(h.shape)
+    result.copy_(dx if more is None else dx + more)
 
 
 def _difference(output: Tensor, x0: Tensor, f: Scalar, g: Scalar, z: Tensor) -> Tensor:

@@ -71,7 +71,27 @@ def loss(output=N, x0=N, f=W, g=W, weight=W, bound=None, noise=N, result=W, resi
     _C.diffusion_loss(output, x0, f, g, weight, bound, noise, result, residual, slope, None, 1)
 
 
+M, SUMS = torch.ones(2, 2, 3, 2)  # moments, and sums: as many groups as channels
+
+
+def norm(x=N, residual=None, result=NEW, total=None, moments=None, groups=3, **more):
+    parts = {"weight": None, "bias": None, "scale": None, "shift": None, **more}
+    weight, bias, scale, shift = parts.values()
+    _C.group_norm_silu(x, groups, weight, bias, 1e-5, scale, shift, residual, True, result, total, moments, 1)
+
+
+def norm_backward(grad=N, x=N, moments=M, weight=None, more=None, result=NEW, sums=SUMS, groups=3):
+    _C.group_norm_silu_backward(grad, x, moments, groups, weight, None, None, None, True, more, result, sums, 1)
+
+
 CALLS = {
+    "norm x": lambda v: norm(x=v),
+    "norm result": lambda v: norm(result=v),
+    "norm backward grad": lambda v: norm_backward(grad=v),
+    "norm backward x": lambda v: norm_backward(x=v),
+    "norm backward moments": lambda v: norm_backward(moments=v),
+    "norm backward sums": lambda v: norm_backward(sums=v),
+    "norm backward result": lambda v: norm_backward(result=v),
     "normal result": lambda v: _C.normal(v, PLACE, 1),
     "add_noise x0": lambda v: _C.add_noise(v, 1.0, 1.0, N, NEW, 1),
     "add_noise noise": lambda v: _C.add_noise(N, 1.0, 1.0, v, NEW, 1),
@@ -88,6 +108,13 @@ CALLS = {
     "loss noise": lambda v: loss(noise=v),
 }
 OPTIONAL = {
+    "norm residual": lambda v: norm(residual=v),
+    "norm sum": lambda v: norm(residual=N, total=v),
+    "norm moments": lambda v: norm(moments=v),
+    "norm weight": lambda v: norm(weight=v),
+    "norm scale": lambda v: norm(scale=v),
+    "norm backward more": lambda v: norm_backward(more=v),
+    "norm backward weight": lambda v: norm_backward(weight=v),
     "step uncond": lambda v: step(uncond=v),
     "step anchor": lambda v: step(anchor=v),
     "step noise": lambda v: step(noise=v),
