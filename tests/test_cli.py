@@ -148,7 +148,7 @@ def test_judge_tells_good_from_bad():
 def test_info_names_versions_and_backends(capsys):
     assert run("info", "--device", "cpu") == 0
     printed = capsys.readouterr().out
-    for word in ("fastdiff", "torch", "affine_step", "reference", "not native"):
+    for word in ("fastdiff", "torch", "affine_step", "group_norm_silu", "native", "not triton"):
         assert word in printed
 
 

@@ -72,18 +72,20 @@ struct Sums {
   double first = 0, second = 0;
 };
 
-// Two sums over a run of values; f(i, a, b) adds to a and b.
+// Two sums over a run of values; f(i, a, b) adds to a and b. Several sums at once hide the latency of an addition.
 template <typename F>
 inline Sums sum_run(int64_t n, F f) {
-  constexpr int64_t LANES = 64, WHOLE = 16 * PIECE;  // several sums at once hide the latency of an addition
-  Sums total;
+  constexpr int64_t LANES = 64, WIDTH = 16, WHOLE = 16 * PIECE;
+  alignas(64) double first[WIDTH] = {}, second[WIDTH] = {};
   for (int64_t begin = 0; begin < n; begin += WHOLE) {
     alignas(64) float a[LANES] = {}, b[LANES] = {};
     const int64_t end = std::min(begin + WHOLE, n), even = begin + (end - begin) / LANES * LANES;
     for (int64_t i = begin; i < even; i += LANES) FOR(j, LANES) f(i + j, a[j], b[j]);
     for (int64_t i = even; i < end; ++i) f(i, a[i - even], b[i - even]);
-    for (int64_t j = 0; j < LANES; ++j) total.first += double(a[j]), total.second += double(b[j]);
+    for (int64_t k = 0; k < LANES; k += WIDTH) FOR(j, WIDTH) first[j] += double(a[k + j]), second[j] += double(b[k + j]);
   }
+  Sums total;
+  for (int64_t j = 0; j < WIDTH; ++j) total.first += first[j], total.second += second[j];
   return total;
 }
 
@@ -258,6 +260,7 @@ void backward_last(const GroupNorm& op, int64_t sample, int threads) {
   const std::vector<Sums> sums = sum_columns<1>(rows, channels, threads, [=](int64_t i, int64_t c, float& a, float& b) {
     const float xhat = (read<TYPE>(h, i) - mean[c]) * inverse[c];
     const float dz = slope<SILU>(read<TYPE>(dy, i), xhat * gain[c] + offset[c]);
+    if (TYPE == Type::f32) write<TYPE>(dx, i, dz);  // kept until the second pass, where nothing is lost by it
     a += dz, b += dz * xhat;
   });
   for (int64_t g = 0; g < op.groups; ++g) {
@@ -272,7 +275,8 @@ void backward_last(const GroupNorm& op, int64_t sample, int threads) {
     const int64_t begin = row * channels;
     FOR(c, channels) {
       const float xhat = (read<TYPE>(h, begin + c) - mean[c]) * inverse[c];
-      const float dz = slope<SILU>(read<TYPE>(dy, begin + c), xhat * gain[c] + offset[c]);
+      const float dz = TYPE == Type::f32 ? read<TYPE>(dx, begin + c)
+                                         : slope<SILU>(read<TYPE>(dy, begin + c), xhat * gain[c] + offset[c]);
       const float d = inverse[c] * (gain[c] * dz - p[c] - xhat * q[c]);
       write<TYPE>(dx, begin + c, MORE ? d + read<TYPE>(more, begin + c) : d);
     }
@@ -294,6 +298,7 @@ void backward_group(const GroupNorm& op, int64_t sample, int64_t group) {
     sums[size_t(c)] = sum_run(rows, [=](int64_t i, float& a, float& b) {
       const float xhat = (read<TYPE>(h, begin + i) - mean) * inverse;
       const float dz = slope<SILU>(read<TYPE>(dy, begin + i), xhat * gain + offset);
+      if (TYPE == Type::f32) write<TYPE>(dx, begin + i, dz);  // kept until the second pass, where nothing is lost by it
       a += dz, b += dz * xhat;
     });
     keep(op, sample, group * width + c, sums[size_t(c)]);
@@ -304,7 +309,7 @@ void backward_group(const GroupNorm& op, int64_t sample, int64_t group) {
     FOR(i, rows) {
       const int64_t k = c * rows + i;
       const float xhat = (read<TYPE>(h, k) - mean) * inverse;
-      const float dz = slope<SILU>(read<TYPE>(dy, k), xhat * gain + offset);
+      const float dz = TYPE == Type::f32 ? read<TYPE>(dx, k) : slope<SILU>(read<TYPE>(dy, k), xhat * gain + offset);
       const float d = inverse * (gain * dz - shares.plain - xhat * shares.along);
       write<TYPE>(dx, k, MORE ? d + read<TYPE>(more, k) : d);
     }
