@@ -7,7 +7,7 @@ directly. Either way the backend is chosen when the op runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -304,23 +304,19 @@ def _add_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _diffusion_loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     (*given, kept, residual, slope), needs = _saved(ctx), ctx.needs_input_grad
-    output, x0, f, g, weight, bound, *noise = given
-    if grad is None:
-        return (None,) * 12
-    if kept and not torch.is_grad_enabled():
+    output, x0, weight, bound = (given[i] for i in (0, 1, 4, 5))
+    if grad is not None and kept and not torch.is_grad_enabled():
         batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # by autograd.grad(is_grads_batched=True)
         kept_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         spent = getattr(ctx, "unseen", False) and not (batched or kept_graph)
         return _gradient_of_loss(grad, output, x0, weight, bound, residual, slope, spent), *(None,) * 11
-    # Any other gradient, or one that is differentiated again: autograd follows the reference, from aliases on, so that
-    # it stops at the arguments even where one was made of another.
-    with torch.enable_grad():
-        given = [value.view_as(value) if need else value for value, need in zip(given, needs, strict=False)]
-        output, x0, f, g, weight, bound, *noise = given
-        loss = reference.loss(output, x0, f, g, weight, bound, _noise(*noise))
-        wanted = [value for value, need in zip(given, needs, strict=False) if need]
-        slopes = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
-    return tuple(next(slopes) if need else None for need in needs)
+    return *_follow(_reference_loss, given, needs, (grad,)), None
+
+
+def _reference_loss(
+    output: Tensor, x0: Tensor, f: Tensor, g: Tensor, weight: Tensor, bound: Tensor | None, *noise: Any
+) -> tuple[Tensor]:
+    return (reference.loss(output, x0, f, g, weight, bound, _noise(*noise)),)
 
 
 def _gradient_of_loss(
@@ -358,7 +354,7 @@ def _group_norm_backward(ctx: Any, grad: Tensor | None, more: Tensor | None, _: 
     *given, total, moments = _saved(ctx)
     needs = ctx.needs_input_grad
     if grad is None or torch.is_grad_enabled():
-        return _follow(given, needs, grad, more)
+        return _follow(reference.group_norm, given, needs, (grad, more))
     x, groups, weight, bias, _, scale, shift, residual, silu = given
     h = x if residual is None else total
     dx, sums = torch.ops.fastdiff.group_norm_silu_backward(
@@ -380,26 +376,27 @@ def _group_norm_backward(ctx: Any, grad: Tensor | None, more: Tensor | None, _: 
 
 
 def _follow(
-    given: list[Any], needs: tuple[bool, ...], grad: Tensor | None, more: Tensor | None
+    function: Callable[..., tuple[Tensor, ...]], given: list[Any], needs: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that are differentiated again, or of the sum alone: autograd follows the reference, from aliases on."""
-    if grad is None and more is None:
-        return (None,) * len(needs)
+    """Gradients that no kernel makes, or that are differentiated again: autograd follows the reference.
+
+    It does so from aliases on, to stop at the arguments even where one was made of another.
+    """
     with torch.enable_grad():
-        given = [value.view_as(value) if need else value for value, need in zip(given, needs, strict=True)]
-        pairs = zip(reference.group_norm(*given), (grad, more), strict=True)
-        results, gradients = zip(*((result, g) for result, g in pairs if g is not None), strict=True)
-        wanted = [value for value, need in zip(given, needs, strict=True) if need]
+        given = [value.view_as(value) if need else value for value, need in zip(given, needs, strict=False)]
+        pairs = [(result, grad) for result, grad in zip(function(*given), grads, strict=True) if grad is not None]
+        if not pairs:
+            return (None,) * len(given)
+        results, gradients = zip(*pairs, strict=True)
+        wanted = [value for value, need in zip(given, needs, strict=False) if need]
         slopes = iter(torch.autograd.grad(results, wanted, gradients, create_graph=True, allow_unused=True))
-    return tuple(next(slopes) if need else None for need in needs)
+    return tuple(next(slopes) if need else None for need in needs[: len(given)])
 
 
 torch.library.register_autograd("fastdiff::add_noise", _add_noise_backward, setup_context=_save, lib=_library)
 torch.library.register_autograd(
     "fastdiff::diffusion_loss", _diffusion_loss_backward, setup_context=_save_loss, lib=_library
 )
-
-
 torch.library.register_autograd(
     "fastdiff::group_norm_silu", _group_norm_backward, setup_context=_save_norm, lib=_library
 )

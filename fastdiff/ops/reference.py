@@ -43,23 +43,16 @@ def diffusion_loss(
     slope: Tensor | None = None,
 ) -> None:
     """Beside the loss also what its gradient is made of: the differences, and the slopes of the divergence."""
-    z = _noise(noise, x0)
-    result.copy_(loss(output, x0, f, g, weight, bound, z))
-    if residual is not None:
-        residual.copy_(_difference(output, x0, f, g, z))
-    if slope is not None and bound is not None:
-        slope.copy_(_divergence(output, x0, bound, z)[1])
+    for kept, value in zip((result, residual, slope), _loss(output, x0, f, g, weight, bound, noise), strict=True):
+        if kept is not None and value is not None:
+            kept.copy_(value)
 
 
 def loss(
     output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, bound: Tensor | None, noise: Noise
 ) -> Tensor:
     """The loss ``[N]``."""
-    z = _noise(noise, x0)
-    value = weight * _mean(_difference(output, x0, f, g, z).square())
-    if bound is not None:
-        value = value + bound[:, -1] * _mean(_divergence(output, x0, bound, z)[0])
-    return value.to(_wide(x0))
+    return _loss(output, x0, f, g, weight, bound, noise)[0]
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: Scalar, result: Tensor) -> None:
@@ -198,10 +191,17 @@ def group_norm_silu_backward(
     result.copy_(dx if more is None else dx + more)
 
 
-def _difference(output: Tensor, x0: Tensor, f: Scalar, g: Scalar, z: Tensor) -> Tensor:
-    """output - (f x0 + g noise)"""
-    wide = _wide(x0)
-    return output[:, : x0.shape[1]].to(wide) - (_like(f, x0) * x0.to(wide) + _like(g, x0) * z)
+def _loss(
+    output: Tensor, x0: Tensor, f: Scalar, g: Scalar, weight: Scalar, bound: Tensor | None, noise: Noise
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, the differences from the target and, with a bound, the slopes of the divergence."""
+    wide, z, slope = _wide(x0), _noise(noise, x0), None
+    difference = output[:, : x0.shape[1]].to(wide) - (_like(f, x0) * x0.to(wide) + _like(g, x0) * z)
+    value = weight * _mean(difference.square())
+    if bound is not None:
+        divergence, slope = _divergence(output, x0, bound, z)
+        value = value + bound[:, -1] * _mean(divergence)
+    return value.to(wide), difference, slope
 
 
 def _divergence(output: Tensor, x0: Tensor, bound: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
