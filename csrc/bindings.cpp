@@ -97,7 +97,7 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
   const Tensor rows = tensor_of(table, "table");
   op.rows = rows.ndim ? rows.shape[0] : 0;
   if (op.rows < 1) refuse("table must have at least one row");
-  op.table = plan.matrix(rows, op.rows, LETTERS, "table");
+  op.table = plan.array(table, {op.rows, LETTERS}, "table");
   op.row = plan.index(row, "row");
   if (results.size() != 5) refuse("results are (x, x0, pushed, anchor, input)");
   const Operand* h = op.history;
@@ -121,8 +121,7 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
 const Bound* bounds(Plan& plan, py::handle bound, bool wide) {
   if (absent(bound)) return nullptr;
   if (!wide && plan.elements()) refuse("a bound needs an output of twice the channels");
-  return reinterpret_cast<const Bound*>(
-      plan.matrix(tensor_of(bound, "bound"), plan.samples(), BOUND_LETTERS, "bound"));
+  return reinterpret_cast<const Bound*>(plan.array(bound, {plan.samples(), BOUND_LETTERS}, "bound"));
 }
 
 // `residual` may be None. `sums` are float32 [N, chunks] on a CUDA device, where the blocks of a sample meet.
@@ -142,10 +141,9 @@ void diffusion_loss_(py::handle output, py::handle x0, py::handle f, py::handle 
   plan.add_result(op.residual, residual, "residual");
   plan.add_result(op.slope, slope, "slope");
   if (absent(bound) && !absent(slope)) refuse("there is no slope without a bound");
-  op.loss = plan.add_result(tensor_of(loss, "loss"), "loss");
+  op.loss = plan.array(loss, {plan.samples()}, "loss", true);
   if (plan.device().type == CUDA)
-    op.sums = const_cast<float*>(
-        plan.matrix(tensor_of(sums, "sums"), plan.samples(), chunks(plan.elements()), "sums"));
+    op.sums = plan.array(sums, {plan.samples(), chunks(plan.elements())}, "sums", true);
   op.space = plan.space(false);
   run(op, plan.device(), threads, kernels->diffusion_loss, ON_CUDA(diffusion_loss));
 }
@@ -184,7 +182,7 @@ void group_norm_silu_(py::handle x, int64_t groups, py::handle weight, py::handl
   plan.add_result(op.result, result, "result");
   plan.add_result(op.sum, sum, "sum");
   if (absent(result)) refuse("result must be a tensor");
-  op.moments = plan.pairs(moments, groups, "moments", true);
+  if (!absent(moments)) op.moments = plan.array(moments, {op.samples, groups, 2}, "moments", true);
   run_norm(op, plan, threads);
 }
 
@@ -199,10 +197,10 @@ void group_norm_silu_backward_(py::handle grad, py::handle x, py::handle moments
   plan.add_optional(op.residual, more, "the sum's gradient");
   add_affine(op, plan, lead, groups, weight, bias, scale, shift);
   op.silu = silu;
-  op.moments = plan.pairs(moments, groups, "moments", false);
+  op.moments = plan.array(moments, {op.samples, groups, 2}, "moments");
   plan.add_result(op.result, result, "result");
-  op.sums = plan.pairs(sums, op.channels, "sums", true);
-  if (absent(result) || absent(moments) || absent(sums)) refuse("moments, result and sums must be tensors");
+  op.sums = plan.array(sums, {op.samples, op.channels, 2}, "sums", true);
+  if (absent(result)) refuse("result must be a tensor");
   run_norm(op, plan, threads);
 }
 

@@ -108,17 +108,6 @@ class Plan {
     check_apart(name, [&](const Operand* other) { return allowed && lies_over(other); });
   }
 
-  // The result of a reduction, one float32 for each sample.
-  float* add_result(const Tensor& tensor, const char* name) {
-    check_device(tensor, name);
-    if (tensor.ndim != 1 || tensor.shape[0] != samples_ || type_of(tensor, name) != Type::f32 ||
-        (samples_ > 1 && tensor.strides[0] != 1))
-      refuse(std::string(name) + " must be contiguous float32, one per sample");
-    take(tensor);
-    check_apart(name, [](const Operand*) { return false; });
-    return reinterpret_cast<float*>(tensor.data());
-  }
-
   void add_noise(Noise& noise, py::handle object);
 
   Scalar scalar(py::handle object, const char* name) {
@@ -153,15 +142,24 @@ class Plan {
     return index;
   }
 
-  // A contiguous float32 table.
-  const float* matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
+  // A contiguous float32 array of a shape; one that is written is apart from all that was added before it.
+  float* array(py::handle object, std::initializer_list<int64_t> shape, const char* name, bool written = false) {
+    const Tensor tensor = tensor_of(object, name);
     check_device(tensor, name);
-    if (tensor.ndim != 2 || tensor.shape[0] != rows || tensor.shape[1] != columns ||
-        type_of(tensor, name) != Type::f32 || tensor.strides[1] != 1 || (rows > 1 && tensor.strides[0] != columns))
-      refuse(std::string(name) + " must be contiguous float32 [" + std::to_string(rows) + ", " +
-             std::to_string(columns) + "]");
+    bool fits = tensor.ndim == int(shape.size()) && type_of(tensor, name) == Type::f32;
+    int64_t expected = 1;
+    for (int d = tensor.ndim - 1; fits && d >= 0; --d) {
+      fits = tensor.shape[d] == shape.begin()[d] && (tensor.shape[d] == 1 || tensor.strides[d] == expected);
+      expected *= tensor.shape[d];
+    }
+    if (!fits) {
+      std::string sizes;
+      for (int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+      refuse(std::string(name) + " must be contiguous float32 [" + sizes + "]");
+    }
     take(tensor);
-    return reinterpret_cast<const float*>(tensor.data());
+    if (written) check_apart(name, [](const Operand*) { return false; });
+    return reinterpret_cast<float*>(tensor.data());
   }
 
   void check_device(const Tensor& tensor, const char* name) const {
@@ -209,19 +207,6 @@ class Plan {
     operand.data = tensor.data(), operand.type = type_of(tensor, name);
     operand.sample = per_sample ? tensor.strides[0] : 0, operand.stride[0] = tensor.strides[tensor.ndim - 1];
     take(tensor);
-  }
-
-  // Contiguous float32 [N, count, 2], or null.
-  float* pairs(py::handle object, int64_t count, const char* name, bool written) {
-    if (absent(object)) return nullptr;
-    const Tensor tensor = tensor_of(object, name);
-    check_device(tensor, name);
-    if (tensor.ndim != 3 || tensor.shape[0] != samples_ || tensor.shape[1] != count || tensor.shape[2] != 2 ||
-        type_of(tensor, name) != Type::f32 || !is_dense(tensor))
-      refuse(std::string(name) + " must be contiguous float32, two for each of " + std::to_string(count));
-    take(tensor);
-    if (written) check_apart(name, [](const Operand*) { return false; });
-    return reinterpret_cast<float*>(tensor.data());
   }
 
   int64_t samples() const { return samples_; }

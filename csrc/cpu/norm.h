@@ -44,7 +44,10 @@ inline float number(const Operand& operand, int64_t sample, int64_t channel, flo
   }
 }
 
-inline float sigmoid(float z) { return 1.0f / (1.0f + exponential_within(-z)); }
+template <bool SILU>
+inline float activation(float z) {
+  return SILU ? z / (1.0f + exponential_within(-z)) : z;
+}
 
 // What some channels of a sample are multiplied by and what is added: w (1 + scale), b (1 + scale) + shift.
 struct Affine {
@@ -152,7 +155,7 @@ void forward_last(const GroupNorm& op, int64_t sample, int threads) {
   const int64_t channels = op.channels, rows = op.positions, width = channels / op.groups;
   const char* h = add_residual<TYPE>(op, 0, sample, rows * channels);
   char* y = at<TYPE>(op.result, sample * op.result.sample);
-  const int64_t some = std::max<int64_t>(1, rows / 8);
+  const int64_t some = (rows + 7) / 8;
   std::vector<Sums> sums =
       sum_columns<4>(some, channels, threads, [=](int64_t i, int64_t, float& a, float&) { a += read<TYPE>(h, i); });
   const size_t count = size_t(channels);
@@ -185,7 +188,7 @@ void forward_last(const GroupNorm& op, int64_t sample, int threads) {
     const int64_t begin = row * channels;
     FOR(c, channels) {
       const float z = (read<TYPE>(h, begin + c) - from[c]) * gain[c] + offset[c];
-      write<TYPE>(y, begin + c, SILU ? z / (1.0f + exponential_within(-z)) : z);
+      write<TYPE>(y, begin + c, activation<SILU>(z));
     }
   }
 }
@@ -196,7 +199,7 @@ void forward_group(const GroupNorm& op, int64_t sample, int64_t group) {
   const Affine affine(op, sample, group * width, width);
   const char* h = add_residual<TYPE>(op, element, sample, n);
   char* y = at<TYPE>(op.result, sample * op.result.sample + element);
-  const int64_t some = std::max<int64_t>(1, n / 8);
+  const int64_t some = (n + 7) / 8;
   const Sums first = sum_run(some, [=](int64_t i, float& a, float&) { a += read<TYPE>(h, i); });
   const float near = float(first.first / double(some));
   const Moments m = moments_of(op, near, sum_run(n, [=](int64_t i, float& a, float& b) {
@@ -208,7 +211,7 @@ void forward_group(const GroupNorm& op, int64_t sample, int64_t group) {
     const float gain = m.inverse * affine.gain[size_t(c)], offset = affine.offset[size_t(c)] - m.rest * gain;
     FOR(i, rows) {
       const float z = (read<TYPE>(h, c * rows + i) - near) * gain + offset;
-      write<TYPE>(y, c * rows + i, SILU ? z / (1.0f + exponential_within(-z)) : z);
+      write<TYPE>(y, c * rows + i, activation<SILU>(z));
     }
   }
 }
@@ -219,7 +222,7 @@ void forward_group(const GroupNorm& op, int64_t sample, int64_t group) {
 template <bool SILU>
 inline float slope(float grad, float z) {
   if (!SILU) return grad;
-  const float s = sigmoid(z);
+  const float s = 1.0f / (1.0f + exponential_within(-z));
   return grad * (s * (1.0f + z * (1.0f - s)));
 }
 
