@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 FLAGS = ["-O1", "-g", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 SANITIZE = ["-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 RACES = ["-pthread", "-fsanitize=thread"]  # without OpenMP, whose library TSan does not see into
-TESTS = ("test_ops_edges.py", "test_ops_results.py", "test_ops_step.py", "test_ops_forward.py", "test_ops_norm.py", "test_native.py")
+OPS = ("edges", "results", "step", "forward", "norm")
+TESTS = (*(f"test_ops_{name}.py" for name in OPS), "test_native.py")
 # What measures memory or time, and what starts a process of its own.
 WITHOUT = "not memory_behind and not python_goes_on and not hostile and not as_many_threads and not allocates_nothing"
 
