@@ -11,50 +11,57 @@ from torch.nn import functional as F
 
 from fastdiff import ops
 from fastdiff.errors import check
+from fastdiff.models.convolution import Conv, Linear, Upsample
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """cos and sin of t at dim/2 geometric frequencies, float32 ``[N, dim]`` (Vaswani et al. 2017; cos first)."""
+def timestep_embedding(t: Tensor, dim: int, shift: int = 0) -> Tensor:
+    """cos and sin of t at dim/2 geometric frequencies, float32 ``[N, dim]`` (Vaswani et al. 2017; cos first).
+
+    Frequency k is 10,000 ** (-k / (dim/2 - shift)): with ``shift=1``, as Ho et al. 2020 have it, the last is 1/10,000.
+    """
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device))
-    angles = t.float()[:, None] * frequencies
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10_000) * steps / (half - shift))
     return F.pad(torch.cat((angles.cos(), angles.sin()), -1), (0, dim % 2))
 
 
 class TimeEmbedding(nn.Module):
     """t ``[N]`` to the embedding ``[N, emb]`` that conditions every block."""
 
-    def __init__(self, dim: int, emb: int) -> None:
+    def __init__(self, dim: int, emb: int, shift: int = 0) -> None:
         super().__init__()
-        self.dim = dim
-        self.linear1, self.linear2 = nn.Linear(dim, emb), nn.Linear(emb, emb)
+        self.dim, self.shift = dim, shift
+        self.linear1, self.linear2 = Linear(dim, emb), Linear(emb, emb)
 
-    def forward(self, t: Tensor) -> Tensor:
-        angles = timestep_embedding(t, self.dim).to(self.linear1.weight.dtype)
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        angles = timestep_embedding(t, self.dim, self.shift).to(dtype)
         emb: Tensor = self.linear2(F.silu(self.linear1(angles)))
         return emb
 
 
 class LabelEmbedding(nn.Embedding):
-    """Class labels ``[N]``, 0 ... classes-1, and the null label ``classes`` that stands for no condition."""
+    """Class labels ``[N]``, 0 ... classes-1, and with ``null`` the label ``classes`` that stands for no condition."""
 
-    def __init__(self, classes: int, emb: int) -> None:
-        super().__init__(classes + 1, emb)
+    def __init__(self, classes: int, emb: int, null: bool = True) -> None:
+        super().__init__(classes + null, emb)
+        self.classes = classes
 
     def forward(self, y: Tensor | None) -> Tensor:
-        check(y is not None, f"this model is class-conditional: pass y, labels 0...{self.num_embeddings - 2}")
+        check(y is not None, f"this model is class-conditional: pass y, labels 0...{self.classes - 1}")
         assert y is not None
         check(y.dtype == torch.int64 and y.ndim == 1, f"y must be int64 [N], got {y.dtype} {list(y.shape)}")
-        if y.device.type == "cpu" and y.numel():
+        if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
             low, high = int(y.min()), int(y.max())
-            last = self.num_embeddings - 1
-            check(low >= 0 and high <= last, f"labels must lie in 0...{last - 1} ({last} = none), got {low} to {high}")
+            none = f" ({self.classes} = none)" if self.num_embeddings > self.classes else ""
+            fits = low >= 0 and high < self.num_embeddings
+            check(fits, f"labels must lie in 0...{self.classes - 1}{none}, got {low} to {high}")
         return super().forward(y)
 
     def null(self, y: Tensor) -> Tensor:
-        return torch.full_like(y, self.num_embeddings - 1)
+        check(self.num_embeddings > self.classes, "this model has no null label: it was trained with labels only")
+        return torch.full_like(y, self.classes)
 
 
 class GroupNormSiLU(nn.Module):
@@ -75,15 +82,17 @@ class GroupNormSiLU(nn.Module):
 class ResBlock(nn.Module):
     """norm-SiLU-conv, time embedding, norm-SiLU-dropout-conv, and the skip (Ho et al. 2020; Dhariwal & Nichol 2021).
 
-    ``scale_shift``: the embedding scales and shifts the second norm (AdaGN) instead of being added before it.
+    ``scale_shift``: the condition scales and shifts the second norm (AdaGN) instead of being added before it.
     ``resample``: +1 doubles, -1 halves the resolution inside the block, 0 keeps it.
+
+    Attributes:
+        condition: channels of the condition, which the network makes of the time embedding for all blocks at once.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        emb: int,
         *,
         groups: int,
         eps: float,
@@ -93,36 +102,35 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
+        self.condition = out_channels * (2 if scale_shift else 1)
         self.norm1 = GroupNormSiLU(in_channels, groups, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb, out_channels * (2 if scale_shift else 1))
+        up = resample > 0
+        self.conv1 = Upsample(in_channels, out_channels) if up else Conv(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNormSiLU(out_channels, groups, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        same = in_channels == out_channels
-        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = zero_init(Conv(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == out_channels else Conv(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x ``[N, C, H, W]``, emb ``[N, emb]`` after its SiLU."""
-        h = self.conv1(resample(self.norm1(x), self.resample))
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x ``[N, C, H, W]``, condition ``[N, condition]``."""
+        h = self.conv1(resample(self.norm1(x), min(self.resample, 0)))
         x = resample(x, self.resample)
-        condition = self.emb(emb)
-        h = self.norm2(h, *condition.chunk(2, 1)) if self.scale_shift else self.norm2(h + condition[:, :, None, None])
-        out: Tensor = self.skip(x) + self.conv2(self.dropout(h))
+        h = self.norm2(h, *condition.chunk(2, 1)) if self.scale_shift else self.norm2(h + condition[..., None, None])
+        out: Tensor = self.conv2(self.dropout(h), add=self.skip(x))
         return out
 
 
 class Attention(nn.Module):
     """Self-attention over positions with a residual, on scaled_dot_product_attention."""
 
-    def __init__(self, channels: int, heads: int, groups: int, eps: float) -> None:
+    def __init__(self, channels: int, heads: int, groups: int, eps: float, norm: bool = True) -> None:
         super().__init__()
         fits = heads >= 1 and channels % heads == 0
         check(fits, f"{channels} channels cannot be split into {heads} attention heads (num_heads)")
         self.heads = heads
-        self.norm = GroupNormSiLU(channels, groups, eps, activation="none")
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zero_init(nn.Linear(channels, channels))
+        self.norm = GroupNormSiLU(channels, groups, eps, activation="none") if norm else nn.Identity()
+        self.qkv = Linear(channels, 3 * channels)
+        self.out = zero_init(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
@@ -133,21 +141,15 @@ class Attention(nn.Module):
         return x + out.transpose(1, 2).reshape(n, c, height, width)
 
 
-class Downsample(nn.Conv2d):
-    """Halve the resolution by a strided convolution."""
+class Resample(nn.Module):
+    """Change the resolution without weights: +1 doubles, -1 halves."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, stride=2, padding=1)
-
-
-class Upsample(nn.Conv2d):
-    """Double the resolution, nearest neighbour, then convolve."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1)
+    def __init__(self, direction: int) -> None:
+        super().__init__()
+        self.direction = direction
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(resample(x, 1))
+        return resample(x, self.direction)
 
 
 def resample(x: Tensor, direction: int) -> Tensor:

@@ -65,7 +65,7 @@ class MLP(nn.Module):
         check(t.shape == x.shape[:1], f"t must hold one time per sample ({len(x)}), got {list(t.shape)}")
         check(y is None or self.label is not None, "this model takes no labels (num_classes=None)")
         check(y is None or len(y) == len(x), f"y must hold one label per sample ({len(x)})")
-        emb = self.time(t)
+        emb = self.time(t, self.into.weight.dtype)
         if self.label is not None:
             emb = emb + self.label(y)
         emb = F.silu(emb)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.errors import check
+from fastdiff.models.convolution import Conv, Downsample, Linear, Upsample, packs
 from fastdiff.models.layers import (
     Attention,
-    Downsample,
     GroupNormSiLU,
     LabelEmbedding,
+    Resample,
     ResBlock,
     TimeEmbedding,
-    Upsample,
     zero_init,
 )
 
@@ -25,13 +26,16 @@ from fastdiff.models.layers import (
 class UNet(nn.Module):
     """Noise-conditional U-Net: ``unet(x, t, y=None, condition=None)``, ``[N, C, H, W]`` to ``[N, out, H, W]``.
 
+    It computes in the precision of its parameters, or in autocast's; what it returns has the dtype and memory format of
+    x. Inside all images are channels-last. For sampling, :meth:`prepared` is the same network, faster.
+
     Args:
         image_size: height and width it is built for; it places the attention. Other sizes run if they divide by
             2 ** (levels - 1).
         in_channels: of the image.
         out_channels: default ``in_channels``; twice that with ``learned_variance``.
-        model_channels: width of the first level.
-        channel_mult: width of each level in units of ``model_channels``.
+        model_channels: what widths are counted in; the time embedding has as many sines and cosines.
+        channel_mult: width of each level in units of ``model_channels``; a fraction will do if the product is whole.
         num_res_blocks: per level on the way down; one more on the way up.
         attention_resolutions: resolutions (pixels) that have attention.
         num_heads, num_head_channels: attention heads; ``num_head_channels`` sets their width instead of their number.
@@ -39,11 +43,16 @@ class UNet(nn.Module):
         dropout: in the residual blocks.
         scale_shift: AdaGN (ADM) instead of adding the time embedding (DDPM).
         resblock_updown: change the resolution in residual blocks (ADM) instead of by single convolutions (DDPM).
-        num_classes: class-conditional on ``y``, int64 ``[N]``; ``y = num_classes`` is the null label of
-            classifier-free guidance. None: unconditional.
+        conv_resample: False changes the resolution by averaging and repeating pixels alone.
+        downsample_padding: 1, or 0 for padding on the right and below only (the TensorFlow network of Ho et al.).
+        num_classes: class-conditional on ``y``, int64 ``[N]``. None: unconditional.
+        null_label: ``y = num_classes`` is the label of classifier-free guidance that stands for no condition.
         learned_variance: twice the output channels, the last half for the variance.
         condition_channels: channels of an image ``condition`` joined to x (Palette, Saharia et al. 2022);
             a smaller one is upsampled to x's size.
+        embedding_channels: of the time embedding; default 4 ``model_channels``.
+        frequency_shift: 1 spreads the frequencies of the time embedding to 1/10,000, as Ho et al. do; 0 stops before.
+        middle_attention, middle_attention_norm: whether the middle has attention, and that a norm in front.
 
     The CIFAR-10 network of Ho et al. 2020 is
     ``UNet(32, channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1)``.
@@ -59,7 +68,7 @@ class UNet(nn.Module):
         out_channels: int | None = None,
         *,
         model_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult: Sequence[float] = (1, 2, 2, 2),
         num_res_blocks: int = 2,
         attention_resolutions: Sequence[int] = (16,),
         num_heads: int = 1,
@@ -69,42 +78,81 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         scale_shift: bool = False,
         resblock_updown: bool = False,
+        conv_resample: bool = True,
+        downsample_padding: int = 1,
         num_classes: int | None = None,
+        null_label: bool = True,
         learned_variance: bool = False,
         condition_channels: int = 0,
+        embedding_channels: int | None = None,
+        frequency_shift: int = 0,
+        middle_attention: bool = True,
+        middle_attention_norm: bool = True,
     ) -> None:
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.config: dict[str, Any] = {k: list(v) if isinstance(v, Sequence) else v for k, v in config.items()}
-        parts = _Parts(**self.config)
+        parts = _Parts(self.config)
+        emb = embedding_channels or 4 * model_channels
         self.in_channels, self.condition_channels = in_channels, condition_channels
         self.factor = 2 ** (len(channel_mult) - 1)
-        self.time = TimeEmbedding(model_channels, parts.emb)
-        self.label = LabelEmbedding(num_classes, parts.emb) if num_classes is not None else None
-        self.conv_in = nn.Conv2d(in_channels + condition_channels, model_channels, 3, padding=1)
-        self.down, widths = parts.down()
-        self.middle = parts.middle(widths[-1])
-        self.up = parts.up(widths)
-        width = channel_mult[0] * model_channels
+        self.time = TimeEmbedding(model_channels, emb, frequency_shift)
+        self.label = LabelEmbedding(num_classes, emb, null_label) if num_classes is not None else None
+        width = parts.widths[0]
+        self.conv_in = Conv(in_channels + condition_channels, width, 3, padding=1)
+        self.down, skips = parts.down()
+        self.middle = parts.middle()
+        self.up = parts.up(skips)
         self.norm_out = GroupNormSiLU(width, norm_groups, norm_eps)
         out = (out_channels or in_channels) * (2 if learned_variance else 1)
-        self.conv_out = zero_init(nn.Conv2d(width, out, 3, padding=1))
+        self.conv_out = zero_init(Conv(width, out, 3, padding=1))
+        self.conditions = [block.condition for block in self.modules() if isinstance(block, ResBlock)]
+        self.emb = Linear(emb, sum(self.conditions))
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """x ``[N, C, H, W]``, t ``[N]`` (whole or fractional), y int64 ``[N]``, condition ``[N, c, h, w]``."""
         self._check_input(x, t, y)
-        emb = self.time(t)
+        image, device = self._with_condition(x, condition), x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.emb.weight.dtype
+        with torch.autocast(device, enabled=False):
+            out = self._run(image.to(dtype, memory_format=torch.channels_last), t, y)
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return out.to(x.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def prepared(self, dtype: torch.dtype | None = None) -> UNet:
+        """A copy for inference, with its weights in ``dtype`` (default: theirs) and arranged for the machine once.
+
+        It follows changes of this network's weights when told to: ``copy.refresh(unet)``.
+        """
+        made = copy.deepcopy(self).to(dtype or self.emb.weight.dtype).eval().requires_grad_(False)
+        made.refresh(self)
+        return made
+
+    @torch.no_grad()
+    def refresh(self, unet: UNet) -> None:
+        """Take the weights of ``unet``, of the same configuration, into the memory they have here."""
+        for mine, its in zip(self.parameters(), unet.parameters(), strict=True):
+            mine.copy_(its)
+        dtype = self.emb.weight.dtype
+        if self.emb.weight.device.type == "cpu" and packs(dtype):
+            for layer in self.modules():
+                if isinstance(layer, Conv):
+                    layer.pack(dtype)
+
+    def _run(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        emb = self.time(t, x.dtype)
         if self.label is not None:
-            emb = emb + self.label(y)
-        emb = F.silu(emb)
-        h = self.conv_in(self._with_condition(x, condition))
+            emb = emb + self.label(y).to(x.dtype)
+        conditions = iter(self.emb(F.silu(emb)).split(self.conditions, 1))
+        h = self.conv_in(x)
         skips = [h]
         for block in self.down:
-            h = _run(block, h, emb)
+            h = _run(block, h, conditions)
             skips.append(h)
-        h = _run(self.middle, h, emb)
+        h = _run(self.middle, h, conditions)
         for block in self.up:
-            h = _run(block, torch.cat((h, skips.pop()), 1), emb)
+            h = _run(block, torch.cat((h, skips.pop()), 1), conditions)
         out: Tensor = self.conv_out(self.norm_out(h))
         return out
 
@@ -139,30 +187,25 @@ class UNet(nn.Module):
         check(y is None or len(y) == len(x), f"y must hold one label per sample ({shape[0]})")
 
 
-def _run(block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+def _run(block: nn.Module, h: Tensor, conditions: Iterator[Tensor]) -> Tensor:
     for layer in block.children():
-        h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+        h = layer(h, next(conditions)) if isinstance(layer, ResBlock) else layer(h)
     return h
 
 
 class _Parts:
     """Builds the parts of one configuration."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         _check_config(config)
-        self.mult, self.blocks = config["channel_mult"], config["num_res_blocks"]
-        self.sizes = [config["image_size"] >> level for level in range(len(self.mult))]
-        self.widths = [multiple * config["model_channels"] for multiple in self.mult]
-        self.emb = 4 * config["model_channels"]
-        self.attention_at = config["attention_resolutions"]
-        self.heads, self.head_channels = config["num_heads"], config["num_head_channels"]
-        self.resblock_updown = config["resblock_updown"]
+        self.config, self.blocks = config, config["num_res_blocks"]
+        self.sizes = [config["image_size"] >> level for level in range(len(config["channel_mult"]))]
+        self.widths = [round(multiple * config["model_channels"]) for multiple in config["channel_mult"]]
         self.norm = {"groups": config["norm_groups"], "eps": config["norm_eps"]}
-        self.res_settings = {"dropout": config["dropout"], "scale_shift": config["scale_shift"], **self.norm}
 
     def down(self) -> tuple[nn.ModuleList, list[int]]:
         """The blocks on the way down, and the width of each skip connection."""
-        blocks, skips = nn.ModuleList(), [self.widths[0] // self.mult[0]]
+        blocks, skips = nn.ModuleList(), [self.widths[0]]
         for level, width in enumerate(self.widths):
             for _ in range(self.blocks):
                 blocks.append(self._block(skips[-1], width, level))
@@ -172,8 +215,12 @@ class _Parts:
                 skips.append(width)
         return blocks, skips
 
-    def middle(self, width: int) -> nn.ModuleList:
-        return nn.ModuleList([self._res(width, width), self._attention(width), self._res(width, width)])
+    def middle(self) -> nn.ModuleList:
+        width = self.widths[-1]
+        attention = [self._attention(width, self.config["middle_attention_norm"])]
+        return nn.ModuleList(
+            [self._res(width, width), *attention[: self.config["middle_attention"]], self._res(width, width)]
+        )
 
     def up(self, skips: list[int]) -> nn.ModuleList:
         """The blocks on the way up; each takes the newest skip connection that is left."""
@@ -188,37 +235,50 @@ class _Parts:
         return blocks
 
     def _block(self, inside: int, outside: int, level: int) -> nn.ModuleList:
-        attention = [self._attention(outside)] if self.sizes[level] in self.attention_at else []
+        attention = [self._attention(outside)] if self.sizes[level] in self.config["attention_resolutions"] else []
         return nn.ModuleList([self._res(inside, outside), *attention])
 
     def _res(self, inside: int, outside: int, direction: int = 0) -> ResBlock:
-        return ResBlock(inside, outside, self.emb, **self.res_settings, resample=direction)
+        config = self.config
+        settings = {"dropout": config["dropout"], "scale_shift": config["scale_shift"], **self.norm}
+        return ResBlock(inside, outside, **settings, resample=direction)
 
-    def _attention(self, channels: int) -> Attention:
-        heads = self.heads
-        if self.head_channels is not None:
-            fits = self.head_channels >= 1 and channels % self.head_channels == 0
-            check(fits, f"{channels} channels cannot be split into heads of {self.head_channels} (num_head_channels)")
-            heads = channels // self.head_channels
-        return Attention(channels, heads, **self.norm)
+    def _attention(self, channels: int, norm: bool = True) -> Attention:
+        heads, wide = self.config["num_heads"], self.config["num_head_channels"]
+        if wide is not None:
+            fits = wide >= 1 and channels % wide == 0
+            check(fits, f"{channels} channels cannot be split into heads of {wide} (num_head_channels)")
+            heads = channels // wide
+        return Attention(channels, heads, **self.norm, norm=norm)
 
     def _change(self, channels: int, direction: int) -> nn.Module:
-        if self.resblock_updown:
+        if self.config["resblock_updown"]:
             return self._res(channels, channels, direction)
-        return Upsample(channels) if direction > 0 else Downsample(channels)
+        if not self.config["conv_resample"]:
+            return Resample(direction)
+        return (
+            Upsample(channels, channels) if direction > 0 else Downsample(channels, self.config["downsample_padding"])
+        )
 
 
 def _check_config(config: dict[str, Any]) -> None:
     for name in ("image_size", "in_channels", "model_channels", "num_res_blocks", "num_heads", "norm_groups"):
         check(config[name] >= 1, f"{name} must be at least 1, got {config[name]}")
-    for name in ("num_classes", "condition_channels"):
+    for name in ("num_classes", "condition_channels", "embedding_channels"):
         check((config[name] or 0) >= 0, f"{name} must not be negative, got {config[name]}")
-    check(config["model_channels"] >= 2, "model_channels must be at least 2: the time embedding is sines and cosines")
+    shift, channels = config["frequency_shift"], config["model_channels"]
+    check(shift in (0, 1), f"frequency_shift must be 0 or 1, got {shift}")
+    least = 2 + 2 * shift
+    check(channels >= least, f"model_channels must be at least {least}: the time embedding is sines and cosines")
+    padding = config["downsample_padding"]
+    check(padding in (0, 1), f"downsample_padding must be 1, or 0 for right and below only, got {padding}")
     out = config["out_channels"]
     check(out is None or out >= 1, f"out_channels must be at least 1 or None, got {out}")
     check(0 <= config["dropout"] < 1, f"dropout must lie in [0, 1), got {config['dropout']}")
     mult, size = config["channel_mult"], config["image_size"]
-    check(len(mult) > 0 and min(mult) >= 1, f"channel_mult must name at least one level, each at least 1, got {mult}")
+    whole = all(multiple > 0 and abs(multiple * channels - round(multiple * channels)) < 1e-6 for multiple in mult)
+    fits = len(mult) > 0 and whole
+    check(fits, f"channel_mult must name at least one level, each a whole number of channels, got {mult}")
     halvings = len(mult) - 1
     check(size % 2**halvings == 0, f"image_size {size} cannot be halved {halvings} times (channel_mult)")
     sizes = [size >> level for level in range(len(mult))]

@@ -251,9 +251,10 @@ class Trainer:
         load_weights(self.model, saved, "model")
         load_weights(self.ema.model, saved, "ema")
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = list(self.model.parameters())
         for name, tensor in saved.tensors("optimizer").items():
             index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
+            state.setdefault(int(index), {})[key] = _like(parameters[int(index)], tensor)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = saved.step
         rows = [row for row in _read_log(self.run / "log.jsonl") if row["step"] < saved.step]
@@ -296,6 +297,11 @@ class _Order:
             generator = torch.Generator().manual_seed(_torch_seed(self.seed, epoch, noise.Stream.ORDER))
             self._epoch, self._shuffled = epoch, torch.randperm(self.size, generator=generator)
         return self._shuffled
+
+
+def _like(parameter: Tensor, state: Tensor) -> Tensor:
+    """An optimiser's state in the memory format of its parameter, without which the update rounds differently."""
+    return torch.empty_like(parameter).copy_(state) if state.shape == parameter.shape else state
 
 
 def _check_same_run(saved: dict[str, Any], mine: dict[str, Any]) -> None:
