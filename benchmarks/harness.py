@@ -72,7 +72,10 @@ class Peer:
 
 @dataclass(frozen=True)
 class Case:
-    """One row's subject; ``reads`` and ``writes`` count its arrays, ``moves`` those passes where they are more."""
+    """One row's subject; ``reads`` and ``writes`` count its arrays, ``moves`` those passes where they are more.
+
+    ``floor`` is for what the memory does not bound; the default is to stream what the op has to.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -83,19 +86,25 @@ class Case:
     peers: tuple[Peer, ...] = ()
     tolerance: float = 2e-6
     moves: tuple[int, int] | None = None
+    dtype: torch.dtype = torch.float32
+    floor: Bind | None = None
 
     def contestants(self) -> tuple[Peer, ...]:
         """All that are timed: ours, the peers that are here, and the floor."""
-        floor = partial(streaming, moves=self.moves or (self.reads, self.writes))
+        floor = self.floor or partial(streaming, moves=self.moves or (self.reads, self.writes))
         return Peer("ours", lambda: self.ours, self.tolerance), *self.peers, Peer("floor", lambda: floor, None)
 
 
 class Row(TypedDict):
-    """One case against one peer. ``ratio`` is peer / ours, ``of_floor`` floor / ours; a failed case has no times."""
+    """One case against one peer, which is the ``strongest`` if none is faster.
+
+    ``ratio`` is peer / ours, ``of_floor`` floor / ours; a failed case has no times.
+    """
 
     case: str
     ours_ms: float | None
     peer: str | None
+    strongest: bool
     peer_ms: float | None
     ratio: float | None
     floor_ms: float | None
@@ -141,12 +150,13 @@ def make_inputs(case: Case, device: torch.device, sets: int | None = None) -> li
 
 def make_arrays(case: Case, device: torch.device, number: int = 0) -> Arrays:
     generator = torch.Generator(device).manual_seed(number)
-    reads = (torch.randn(case.shape, generator=generator, device=device) for _ in range(case.reads))
-    return Arrays(tuple(reads), tuple(torch.zeros(case.shape, device=device) for _ in range(case.writes)))
+    like: dict[str, Any] = {"device": device, "dtype": case.dtype}
+    reads = (torch.randn(case.shape, generator=generator, **like) for _ in range(case.reads))
+    return Arrays(tuple(reads), tuple(torch.zeros(case.shape, **like) for _ in range(case.writes)))
 
 
 def count_sets(case: Case, device: torch.device) -> int:
-    size = 4 * math.prod(case.shape) * (case.reads + case.writes)
+    size = case.dtype.itemsize * math.prod(case.shape) * (case.reads + case.writes)
     if device.type == "cpu" and size <= IN_CACHE:
         return 1
     return min(max(3, math.ceil(2 * cache_size(device) / size)), MOST_SETS)
@@ -319,10 +329,12 @@ def _without_collection() -> Iterator[None]:
 
 def _row(case: Case, device: torch.device, times: dict[str, float], peer: str | None, error: float) -> Row:
     ours, other, floor = times.get("ours"), times.get(peer or ""), times.get("floor")
+    fastest = min((ms for name, ms in times.items() if name not in ("ours", "floor")), default=None)
     return {
         "case": case.name,
         "ours_ms": ours,
         "peer": peer,
+        "strongest": other is not None and other == fastest,
         "peer_ms": other,
         "ratio": other / ours if ours and other else None,
         "floor_ms": floor,
@@ -336,13 +348,14 @@ def _row(case: Case, device: torch.device, times: dict[str, float], peer: str | 
 
 
 COLUMNS = ("ours_ms", "peer_ms", "ratio", "floor_ms", "of_floor", "error")
-HEADER = f"{'case':<56} {'peer':<26}" + "".join(f"{name:>10}" for name in COLUMNS)
+HEADER = f"{'case':<56} {'peer (* strongest)':<30}" + "".join(f"{name:>10}" for name in COLUMNS)
 
 
 def format_row(row: Row) -> str:
     figures = "".join(f"{_figure(row[name]):>10}" for name in COLUMNS)  # type: ignore[literal-required]
     peer = "FAILED: wrong result" if row["ours_ms"] is None else row["peer"] or "-"
-    return f"{row['case']:<56} {peer:<26}{figures}"
+    peer += " *" * row["strongest"]
+    return f"{row['case']:<56} {peer:<30}{figures}"
 
 
 def _figure(value: float | None) -> str:
