@@ -35,7 +35,8 @@ class Sampler:
 
     Args:
         model: any callable ``model(x, t, **cond)`` that returns a tensor or an object with ``.sample``. A module
-            is used as it is: call ``.eval()`` on it if it has dropout.
+            is used as it is: call ``.eval()`` on it if it has dropout. A network that has a form for inference, as
+            :class:`fastdiff.UNet` has, is used in that, with the weights it has when a call begins.
         diffusion: schedule, prediction type and variance the model was trained with.
         solver: ``ddpm`` | ``ddim`` | ``euler`` | ``euler_a`` | ``heun`` | ``dpmpp_2m``.
         steps: how many, 1 ... T, or the timesteps themselves in descending order.
@@ -71,6 +72,7 @@ class Sampler:
         check(isinstance(diffusion, Diffusion), f"diffusion must be a Diffusion, got {type(diffusion).__name__}")
         check(dtype in (torch.float32, torch.float64), f"dtype must be float32 or float64, got {dtype}")
         self.model, self.diffusion, self.dtype = model, diffusion, dtype
+        self._network: Any = model.prepared() if hasattr(model, "prepared") else model
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = torch.device(device or ("cpu" if parameter is None else parameter.device))
         # The network gets its input in its own precision, the state keeps its own.
@@ -130,10 +132,12 @@ class Sampler:
         shape = self._check_shape(shape)
         self._check_conditions(shape[0], cond)
         noises.sample_ids(shape[0], seed, sample)
-        guidance = ClassifierFree(self.model, cond, uncond)
+        guidance = ClassifierFree(self._network, cond, uncond)
         if (self.table.rows.w != 1).any():
             guidance.uncond  # noqa: B018 - raises now rather than at some row
         start = self._start(shape, seed, sample, x)
+        if self._network is not self.model:
+            self._network.refresh(self.model)
         return self._run(start, guidance, seed, sample)
 
     @torch.no_grad()

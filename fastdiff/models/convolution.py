@@ -2,61 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class Linear(nn.Linear):
-    """A linear map in the precision of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+ONEDNN = torch.ops.mkldnn
 
 
-class Conv(nn.Conv2d):
-    """A convolution with a bias in the precision of its input, and optionally a sum: ``conv(x) + add``.
+class Layer(nn.Module):
+    """A linear map with a bias in the precision of its input, and optionally a sum: ``layer(x) + add``.
 
-    After :meth:`pack` the weights are also held in the layout that oneDNN's kernels walk: no call arranges them again.
+    After :meth:`pack` the weights are also held in the layout that oneDNN's kernels walk: no call arranges them again,
+    and the sum is made before the result is rounded.
     """
 
-    bias: Tensor
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.packed: tuple[Tensor, Tensor] | None = None
+    packed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        if self.packed is not None and not torch.compiler.is_compiling():
-            packed: Tensor = self._packed(x, *self.packed, add)
-            return packed
-        y = self._plain(x, self.kernel().to(x.dtype), self.bias.to(x.dtype))
+        differentiated = x.requires_grad and torch.is_grad_enabled()
+        if self.packed is not None and not differentiated and not torch.compiler.is_compiling():
+            return self._packed(x, *self.packed, add)
+        y = self._plain(x, self.kernel().to(x.dtype), cast(Tensor, self.bias).to(x.dtype))
         return y if add is None else y + add
 
     def kernel(self) -> Tensor:
-        """The weights as they are convolved with."""
-        return self.weight
+        """The weights as they are multiplied with."""
+        return cast(Tensor, self.weight)
 
     def pack(self, dtype: torch.dtype) -> None:
         """Hold the weights, as they are now, as oneDNN wants them for a dtype."""
-        self.packed = self._pack(self.kernel().detach().to(dtype)), self.bias.detach().to(dtype)
+        self.packed = self._pack(self.kernel().detach().to(dtype)), cast(Tensor, self.bias).detach().to(dtype)
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _packed(self, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class Linear(Layer, nn.Linear):
+    """A matrix, over the last dimension of its input."""
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _pack(self, weight: Tensor) -> Any:
+        return ONEDNN._reorder_linear_weight(weight)
+
+    def _packed(self, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None) -> Any:
+        if add is None:
+            return ONEDNN._linear_pointwise(x, weight, bias, "none", [], "")
+        return ONEDNN._linear_pointwise.binary(x, add, weight, bias, "add")
+
+
+class Conv(Layer, nn.Conv2d):
+    """A convolution."""
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding)
 
     def _pack(self, weight: Tensor) -> Any:
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, self.padding, self.stride, (1, 1), 1, None)
+        return ONEDNN._reorder_convolution_weight(weight, self.padding, self.stride, (1, 1), 1, None)
 
     def _packed(self, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None) -> Any:
-        run, where = torch.ops.mkldnn._convolution_pointwise, (self.padding, self.stride, (1, 1), 1)
+        where = (self.padding, self.stride, (1, 1), 1)
         if add is None:
-            return run(x, weight, bias, *where, "none", [], "")
-        return run.binary(x, add, weight, bias, *where, "add", None, None, [], None)
+            return ONEDNN._convolution_pointwise(x, weight, bias, *where, "none", [], "")
+        return ONEDNN._convolution_pointwise.binary(x, add, weight, bias, *where, "add", None, None, [], None)
 
 
-class Upsample(Conv):
+class Upsample(Layer, nn.Conv2d):
     """Double the resolution, nearest neighbour, then convolve 3x3.
 
     Each output pixel sees only 2x2 different pixels of its input, so this is one transposed convolution of stride 2
@@ -64,10 +84,10 @@ class Upsample(Conv):
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
+        super().__init__(in_channels, out_channels, 3)
 
     def kernel(self) -> Tensor:
-        """``[in, out, 4, 4]``: the kernel convolved with the 2x2 pixels that a pixel becomes, turned around."""
+        """``[in, out, 4, 4]``: the weights convolved with the 2x2 pixels that a pixel becomes, turned around."""
         wide = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         rows = wide.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
         kernel = torch.einsum("ad,be,oide->ioab", rows, rows, wide)
@@ -77,11 +97,11 @@ class Upsample(Conv):
         return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
 
     def _pack(self, weight: Tensor) -> Any:
-        return torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, (1, 1), (0, 0), (2, 2), (1, 1), 1, None)
+        return ONEDNN._reorder_convolution_transpose_weight(weight, (1, 1), (0, 0), (2, 2), (1, 1), 1, None)
 
     def _packed(self, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None) -> Tensor:
         where = ((1, 1), (0, 0), (2, 2), (1, 1), 1)
-        y: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(x, weight, bias, *where, "none", [], "")
+        y: Tensor = ONEDNN._convolution_transpose_pointwise(x, weight, bias, *where, "none", [], "")
         return y if add is None else y + add
 
 
@@ -100,5 +120,5 @@ def packs(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return bool(ONEDNN._is_mkldnn_bf16_supported())
     return dtype == torch.float32

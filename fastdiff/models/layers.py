@@ -135,10 +135,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, c // self.heads)).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, 2))
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out: Tensor = self.out(attended)
-        return x + out.transpose(1, 2).reshape(n, c, height, width)
+        out: Tensor = self.out(attended, add=x.flatten(2).transpose(1, 2))
+        return out.transpose(1, 2).reshape(n, c, height, width)
 
 
 class Resample(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.errors import check
-from fastdiff.models.convolution import Conv, Downsample, Linear, Upsample, packs
+from fastdiff.models.convolution import Conv, Downsample, Layer, Linear, Upsample, packs
 from fastdiff.models.layers import (
     Attention,
     GroupNormSiLU,
@@ -137,7 +137,7 @@ class UNet(nn.Module):
         dtype = self.emb.weight.dtype
         if self.emb.weight.device.type == "cpu" and packs(dtype):
             for layer in self.modules():
-                if isinstance(layer, Conv):
+                if isinstance(layer, Layer):
                     layer.pack(dtype)
 
     def _run(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
