@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 # Products and sums are not contracted, so that every backend gives the same bits; the math flags let loops vectorise.
 CC = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
-CC += ["-fno-trapping-math", "-Wno-maybe-uninitialized"]
+CC += ["-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 NVCC = ["-O3", "-std=c++17", "--fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = ("80", "86", "89", "90", "100")
 REPORT = "fastdiff/_build.txt"

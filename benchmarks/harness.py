@@ -133,12 +133,13 @@ def measure(
 ) -> list[Row]:
     """The rows of a case, one for each peer that is here; one row without times if our result is wrong."""
     inputs = make_inputs(case, device, sets)
+    want = truth(case, inputs[0])
     try:
-        error = gate(case, inputs[0])
+        error = gate(case, inputs[0], want)
     except WrongResult as wrong:
         note(str(wrong))
         return [_row(case, device, {}, None, wrong.error)]
-    binds = _present(case, inputs[0], quick)
+    binds = _present(case, inputs[0], want, quick)
     times = race({name: [bind(arrays) for arrays in inputs] for name, bind in binds.items()}, device, seconds)
     peers: list[str | None] = [name for name in binds if name not in ("ours", "floor")]
     return [_row(case, device, times, peer, error) for peer in peers or [None]]
@@ -162,13 +163,17 @@ def count_sets(case: Case, device: torch.device) -> int:
     return min(max(3, math.ceil(2 * cache_size(device) / size)), MOST_SETS)
 
 
-def gate(case: Case, arrays: Arrays) -> float:
+def truth(case: Case, arrays: Arrays) -> Sequence[Tensor]:
+    """The formula in float64."""
+    return case.formula(arrays.double())
+
+
+def gate(case: Case, arrays: Arrays, want: Sequence[Tensor]) -> float:
     """The error of our result.
 
     Raises:
         WrongResult: it is above the case's tolerance, or not a number.
     """
-    want = case.formula(arrays.double())
     got = results(case.ours, arrays)
     if len(got) != len(want):
         raise WrongResult(f"{case.name}: {len(got)} results where the formula has {len(want)}", math.inf)
@@ -204,14 +209,14 @@ def tensors(result: Any) -> list[Tensor]:
     return [] if result is None else [tensor for part in result for tensor in tensors(part)]
 
 
-def _present(case: Case, arrays: Arrays, quick: bool) -> dict[str, Bind]:
+def _present(case: Case, arrays: Arrays, want: Sequence[Tensor], quick: bool) -> dict[str, Bind]:
     """Who can be had here and, where they should, computes the same."""
     binds = {}
     for peer in case.contestants():
         if peer.slow and quick:
             continue
         try:
-            binds[peer.name] = build(case, peer, arrays)
+            binds[peer.name] = build(peer, arrays, want)
         except Exception as error:  # a peer may fail in any way it likes
             note(f"{case.name}: {peer.name} is left out: {_reason(error)}")
     return binds
@@ -221,12 +226,12 @@ def _reason(error: Exception) -> str:
     return " ".join((type(error).__name__, *str(error).splitlines()[:1]))
 
 
-def build(case: Case, peer: Peer, arrays: Arrays) -> Bind:
+def build(peer: Peer, arrays: Arrays, want: Sequence[Tensor]) -> Bind:
     """A contestant that has run once; raises what it raises, and WrongResult."""
     bind = peer.build()
     got = results(bind, arrays)
     if peer.tolerance is not None:
-        check(peer.name, got, case.formula(arrays.double())[: len(got)], peer.tolerance)
+        check(peer.name, got, want[: len(got)], peer.tolerance)
     return bind
 
 

@@ -33,13 +33,51 @@ FD_HD uint16_t to_f16(float value) {
   return uint16_t(result | sign);
 }
 
+// What follows is for F = float and, on a CPU, for several of them side by side.
+template <typename F>
+struct WordsOf {
+  using type = uint32_t;
+};
+
+template <typename F>
+struct Fused;  // of(a, b, c) is a b + c, rounded once
+
+template <typename F>
+FD_HD F fma(F a, F b, F c) {
+  return Fused<F>::of(a, b, c);
+}
+
+template <typename F>
+FD_HD F spread(float value) {
+  return F{} + value;
+}
+
 // (exp(f) - 1 - f) / f^2 for |f| <= log(2) / 2.
-FD_HD float exponential_tail(float f) {
-  float p = fma(0x1.6dbc68p-10f, f, 0x1.124148p-7f);
-  p = fma(p, f, 0x1.555454p-5f);
-  p = fma(p, f, 0x1.555486p-3f);
-  p = fma(p, f, 0.5f);
-  return p;
+template <typename F>
+FD_HD F exponential_tail(F f) {
+  F p = fma(spread<F>(0x1.6dbc68p-10f), f, spread<F>(0x1.124148p-7f));
+  p = fma(p, f, spread<F>(0x1.555454p-5f));
+  p = fma(p, f, spread<F>(0x1.555486p-3f));
+  return fma(p, f, spread<F>(0.5f));
+}
+
+// The same to 2^-17 of exp(f): enough for what is rounded to 16 bits.
+template <typename F>
+FD_HD F short_exponential_tail(F f) {
+  return fma(fma(spread<F>(0x1.5224eap-5f), f, spread<F>(0x1.571d1ep-3f)), f, spread<F>(0x1.0006b8p-1f));
+}
+
+// 1 + exp(-z), z held within -87 ... 87 where 2^k is one factor; a number even for NaN, which is for the caller to keep.
+template <bool SHORT, typename F>
+FD_HD F one_plus_exponential(F z) {
+  using W = typename WordsOf<F>::type;
+  const W bits = bits_as<W>(z), magnitude = bits & 0x7FFFFFFFu, most = W{} + 0x42AE0000u;
+  const F bounded = bits_as<F>((magnitude < most ? magnitude : most) | (bits & 0x80000000u)), one = spread<F>(1.0f);
+  // Adding 1.5 * 2^23 + 127 rounds to a whole number k, and leaves the exponent of 2^k in the sum's last bits.
+  const F whole = spread<F>(0x1.8p23f + 127.0f), sum = fma(bounded, spread<F>(-0x1.715476p+0f), whole);
+  const F f = fma(sum - whole, spread<F>(-0x1.62e430p-1f), -bounded);
+  const F e = fma(f, fma(f, SHORT ? short_exponential_tail(f) : exponential_tail(f), one), one);
+  return fma(e, bits_as<F>(bits_as<W>(sum) << 23), one);
 }
 
 // exp(x) to about one unit in the last place, 0 and infinity beyond the range of float32; NaN stays.
@@ -53,15 +91,6 @@ FD_HD float exponential(float x) {
   // 2^k in two factors, each of them a normal number.
   const int32_t whole = int32_t(bits_as<uint32_t>(sum) - 0x4B400000u), half = whole >> 1;
   return e * bits_as<float>(uint32_t(half + 127) << 23) * bits_as<float>(uint32_t(whole - half + 127) << 23);
-}
-
-// exp of x held within -87 ... 87, where one factor is enough; a number even for NaN, which is for the caller to keep.
-FD_HD float exponential_within(float x) {
-  const uint32_t bits = bits_as<uint32_t>(x), magnitude = bits & 0x7FFFFFFFu, most = 0x42AE0000u;
-  const float bounded = bits_as<float>((magnitude < most ? magnitude : most) | (bits & 0x80000000u));
-  const float sum = fma(bounded, 0x1.715476p+0f, 0x1.8p23f), k = sum - 0x1.8p23f;
-  const float f = fma(k, 0x1.05c610p-29f, fma(k, -0x1.62e430p-1f, bounded));
-  return fma(f, fma(f, exponential_tail(f), 1.0f), 1.0f) * bits_as<float>((bits_as<uint32_t>(sum) - 0x4B400000u + 127u) << 23);
 }
 
 // exp(d) - 1, and exp(d) - 1 - d, without cancellation near 0.

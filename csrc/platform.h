@@ -6,9 +6,11 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define FD_HD __host__ __device__ __forceinline__
+#define FD_MEMBER __host__ __device__ __forceinline__
+#define FD_HD FD_MEMBER
 #else
-#define FD_HD static inline __attribute__((always_inline))
+#define FD_MEMBER inline __attribute__((always_inline))
+#define FD_HD static FD_MEMBER
 #endif
 
 namespace fastdiff {

@@ -8,58 +8,58 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "tiles.h"
+#include "vector.h"
 
 namespace fastdiff {
 namespace {
 
 constexpr int64_t PIECE = 64;  // values of a lane that are summed in float32
 
-template <Type TYPE>
-inline float read(const char* from, int64_t i) {
-  if constexpr (TYPE == Type::f32) return reinterpret_cast<const float*>(from)[i];
-  const uint16_t bits = reinterpret_cast<const uint16_t*>(from)[i];
-  return TYPE == Type::bf16 ? from_bf16(bits) : from_f16(bits);
-}
-
-template <Type TYPE>
-inline void write(char* to, int64_t i, float value) {
-  if constexpr (TYPE == Type::f32) {
-    reinterpret_cast<float*>(to)[i] = value;
-  } else {
-    reinterpret_cast<uint16_t*>(to)[i] = TYPE == Type::bf16 ? to_bf16(value) : to_f16(value);
-  }
-}
-
-inline float number(const Operand& operand, int64_t sample, int64_t channel, float otherwise) {
+inline float number(const Operand& operand, int64_t at, float otherwise) {
   if (!operand.data) return otherwise;
-  const int64_t at = sample * operand.sample + channel * operand.stride[0];
   switch (operand.type) {
-    case Type::f32: return read<Type::f32>(operand.data, at);
-    case Type::bf16: return read<Type::bf16>(operand.data, at);
-    case Type::f16: return read<Type::f16>(operand.data, at);
+    case Type::f32: return load<Type::f32, float>(operand.data, at);
+    case Type::bf16: return load<Type::bf16, float>(operand.data, at);
+    case Type::f16: return load<Type::f16, float>(operand.data, at);
     default: return float(reinterpret_cast<const double*>(operand.data)[at]);
   }
 }
 
-template <bool SILU>
-inline float activation(float z) {
-  return SILU ? z / (1.0f + exponential_within(-z)) : z;
-}
+// A NaN as `to_brain` wants it.
+inline float plain(float value) { return value == value ? value : NAN; }
+
+// Weight and bias, as float32.
+struct Parameters {
+  std::vector<float> weight, bias;
+
+  explicit Parameters(const GroupNorm& op) : weight(size_t(op.channels)), bias(size_t(op.channels)) {
+    for (int64_t c = 0; c < op.channels; ++c) {
+      weight[size_t(c)] = plain(number(op.weight, c * op.weight.stride[0], 1.0f));
+      bias[size_t(c)] = plain(number(op.bias, c * op.bias.stride[0], 0.0f));
+    }
+  }
+};
 
 // What some channels of a sample are multiplied by and what is added: w (1 + scale), b (1 + scale) + shift.
 struct Affine {
-  std::vector<float> gain, offset;
+  std::vector<float> made;
+  const float *gain, *offset;
 
-  Affine(const GroupNorm& op, int64_t sample, int64_t first, int64_t count)
-      : gain(static_cast<size_t>(count)), offset(static_cast<size_t>(count)) {
+  Affine(const GroupNorm& op, const Parameters& all, int64_t sample, int64_t first, int64_t count)
+      : gain(all.weight.data() + first), offset(all.bias.data() + first) {
+    if (!op.scale.data && !op.shift.data) return;
+    made.resize(size_t(2 * count));
     for (int64_t c = 0; c < count; ++c) {
-      const float scale = 1.0f + number(op.scale, sample, first + c, 0.0f);
-      gain[size_t(c)] = number(op.weight, sample, first + c, 1.0f) * scale;
-      offset[size_t(c)] = number(op.bias, sample, first + c, 0.0f) * scale + number(op.shift, sample, first + c, 0.0f);
+      const int64_t at = first + c;
+      const float scale = 1.0f + number(op.scale, sample * op.scale.sample + at * op.scale.stride[0], 0.0f);
+      const float shift = number(op.shift, sample * op.shift.sample + at * op.shift.stride[0], 0.0f);
+      made[size_t(c)] = plain(gain[c] * scale), made[size_t(count + c)] = plain(offset[c] * scale + shift);
     }
+    gain = made.data(), offset = gain + count;
   }
 };
 
@@ -75,49 +75,74 @@ struct Sums {
   double first = 0, second = 0;
 };
 
-// Two sums over a run of values; f(i, a, b) adds to a and b. Several sums at once hide the latency of an addition.
-template <typename F>
-inline Sums sum_run(int64_t n, F f) {
-  constexpr int64_t LANES = 64, WIDTH = 16, WHOLE = 16 * PIECE;
-  alignas(64) double first[WIDTH] = {}, second[WIDTH] = {};
+// Two sums over a run of values; f(i, a, b) adds elements i, i + 1, ... to a and b. Several sums at once hide the
+// latency of an addition.
+template <typename G>
+inline Sums sum_run(int64_t n, G f) {
+  constexpr int64_t LANES = 64, FOLDED = 16, WHOLE = 16 * PIECE, COUNT = LANES / WIDTH;
+  double first[FOLDED] = {}, second[FOLDED] = {};
   for (int64_t begin = 0; begin < n; begin += WHOLE) {
-    alignas(64) float a[LANES] = {}, b[LANES] = {};
     const int64_t end = std::min(begin + WHOLE, n), even = begin + (end - begin) / LANES * LANES;
-    for (int64_t i = begin; i < even; i += LANES) FOR(j, LANES) f(i + j, a[j], b[j]);
+    Floats sums[COUNT] = {}, others[COUNT] = {};
+    for (int64_t i = begin; i < even; i += LANES)
+      for (int64_t j = 0; j < COUNT; ++j) f(i + j * WIDTH, sums[j], others[j]);
+    alignas(64) float a[LANES], b[LANES];
+    memcpy(a, sums, sizeof a), memcpy(b, others, sizeof b);
     for (int64_t i = even; i < end; ++i) f(i, a[i - even], b[i - even]);
-    for (int64_t k = 0; k < LANES; k += WIDTH) FOR(j, WIDTH) first[j] += double(a[k + j]), second[j] += double(b[k + j]);
+    for (int64_t k = 0; k < LANES; ++k) first[k % FOLDED] += double(a[k]), second[k % FOLDED] += double(b[k]);
   }
   Sums total;
-  for (int64_t j = 0; j < WIDTH; ++j) total.first += first[j], total.second += second[j];
+  for (int64_t j = 0; j < FOLDED; ++j) total.first += first[j], total.second += second[j];
   return total;
 }
 
-// Two sums for each channel of channels-last rows, pieces of rows side by side on so many threads; f(i, c, a, b) adds
-// element i of channel c to a and b, for STEP rows while they are in registers.
-template <int STEP, typename F>
-inline std::vector<Sums> sum_columns(int64_t rows, int64_t channels, int threads, F f) {
-  const int64_t pieces = (rows + PIECE - 1) / PIECE;
-  std::vector<float> made(static_cast<size_t>(2 * pieces * channels));
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    float *a = made.data() + 2 * piece * channels, *b = a + channels;
-    int64_t row = piece * PIECE;
-    const int64_t end = std::min(rows, row + PIECE);
-    for (; STEP > 1 && row + STEP <= end; row += STEP) {
-      FOR(c, channels) {
-        float first = a[c], second = b[c];
-        for (int64_t k = 0; k < STEP; ++k) f((row + k) * channels + c, c, first, second);
-        a[c] = first, b[c] = second;
-      }
-    }
-    for (; row < end; ++row) FOR(c, channels) f(row * channels + c, c, a[c], b[c]);
+// Whole groups of a channels-last sample that are walked together: `count` channels from `first`.
+struct Block {
+  int64_t sample, group, groups, first, count;
+};
+
+// Two sums for each channel.
+struct Columns {
+  std::vector<double> first, second;
+
+  Sums of(int64_t begin, int64_t end) const {
+    Sums total;
+    for (int64_t c = begin; c < end; ++c) total.first += first[size_t(c)], total.second += second[size_t(c)];
+    return total;
   }
-  std::vector<Sums> total(static_cast<size_t>(channels));
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    const float *a = made.data() + 2 * piece * channels, *b = a + channels;
-    for (int64_t c = 0; c < channels; ++c) total[size_t(c)].first += double(a[c]), total[size_t(c)].second += double(b[c]);
+};
+
+// Rows begin ... end - 1 of COUNT F of channels from c, which stay in registers.
+template <typename F, int COUNT, typename G>
+inline void sum_rows(int64_t begin, int64_t end, int64_t c, float* a, float* b, G f) {
+  F first[COUNT] = {}, second[COUNT] = {};
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t k = 0; k < COUNT; ++k) f(row, c + k * count_of<F>, first[k], second[k]);
+  for (int64_t k = 0; k < COUNT; ++k) store(a, c + k * count_of<F>, first[k]), store(b, c + k * count_of<F>, second[k]);
+}
+
+// f(row, c, a, b) adds channels c, c + 1, ... of a row to a and b. A cache line or more is walked at a time.
+template <int COUNT, typename G>
+inline Columns sum_columns(int64_t rows, int64_t channels, G f) {
+  std::vector<float> sums(static_cast<size_t>(2 * channels));
+  Columns total{std::vector<double>(size_t(channels)), std::vector<double>(size_t(channels))};
+  float *a = sums.data(), *b = a + channels;
+  double *first = total.first.data(), *second = total.second.data();
+  for (int64_t begin = 0; begin < rows; begin += PIECE) {
+    const int64_t end = std::min(rows, begin + PIECE);
+    int64_t c = 0;
+    for (; c + COUNT * WIDTH <= channels; c += COUNT * WIDTH) sum_rows<Floats, COUNT>(begin, end, c, a, b, f);
+    for (; c + WIDTH <= channels; c += WIDTH) sum_rows<Floats, 1>(begin, end, c, a, b, f);
+    for (; c < channels; ++c) sum_rows<float, 1>(begin, end, c, a, b, f);
+    FOR(j, channels) first[j] += double(a[j]), second[j] += double(b[j]);
   }
   return total;
+}
+
+// Calls f(F(), row, c).
+template <typename G>
+inline void each_of_rows(int64_t rows, int64_t channels, G f) {
+  for (int64_t row = 0; row < rows; ++row) each(channels, [&](auto lane, int64_t c) { f(lane, row, c); });
 }
 
 // ---- forward ----------------------------------------------------------------------------------
@@ -138,207 +163,284 @@ inline void keep(const GroupNorm& op, int64_t sample, int64_t group, const Momen
   to[0] = m.near + m.rest, to[1] = m.inverse;
 }
 
-// The sum with the residual, where there is one, rounded once; what is normalised either way.
+// Writes the sum with the residual of n elements, rounded once.
 template <Type TYPE>
-inline const char* add_residual(const GroupNorm& op, int64_t element, int64_t sample, int64_t n) {
+inline void add(const char* x, const char* r, char* h, int64_t n) {
+  each(n, [&](auto lane, int64_t i) {
+    using F = decltype(lane);
+    store<TYPE>(h, i, load<TYPE, F>(x, i) + load<TYPE, F>(r, i));
+  });
+}
+
+// What is normalised: x, or its sum with the residual, which is made here; `rows` of them so long and so far apart.
+template <Type TYPE>
+inline const char* normalised(const GroupNorm& op, int64_t sample, int64_t element, int64_t rows, int64_t length, int64_t apart) {
   const char* x = at<TYPE>(op.x, sample * op.x.sample + element);
   if (!op.residual.data) return x;
   const char* r = at<TYPE>(op.residual, sample * op.residual.sample + element);
   const Operand& kept = op.sum.data ? op.sum : op.result;
   char* h = at<TYPE>(kept, sample * kept.sample + element);
-  FOR(i, n) write<TYPE>(h, i, read<TYPE>(x, i) + read<TYPE>(r, i));
+  const int64_t bytes = apart * (TYPE == Type::f32 ? 4 : 2);
+  for (int64_t row = 0; row < rows; ++row) add<TYPE>(x + row * bytes, r + row * bytes, h + row * bytes, length);
   return h;
 }
 
-template <Type TYPE, bool SILU>
-void forward_last(const GroupNorm& op, int64_t sample, int threads) {
-  const int64_t channels = op.channels, rows = op.positions, width = channels / op.groups;
-  const char* h = add_residual<TYPE>(op, 0, sample, rows * channels);
-  char* y = at<TYPE>(op.result, sample * op.result.sample);
-  const int64_t some = (rows + 7) / 8;
-  std::vector<Sums> sums =
-      sum_columns<4>(some, channels, threads, [=](int64_t i, int64_t, float& a, float&) { a += read<TYPE>(h, i); });
-  const size_t count = size_t(channels);
-  std::vector<float> near(count), a(count), b(count);
-  for (int64_t g = 0; g < op.groups; ++g) {
-    double total = 0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sums[size_t(c)].first;
-    std::fill(near.begin() + g * width, near.begin() + (g + 1) * width, float(total / double(some * width)));
-  }
-  const float* from = near.data();
-  sums = sum_columns<4>(rows, channels, threads, [=](int64_t i, int64_t c, float& first, float& second) {
-    const float d = read<TYPE>(h, i) - from[c];
-    first += d, second += d * d;
-  });
-  const Affine affine(op, sample, 0, channels);
-  for (int64_t g = 0; g < op.groups; ++g) {
-    Sums total;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c)
-      total.first += sums[size_t(c)].first, total.second += sums[size_t(c)].second;
-    const Moments m = moments_of(op, near[size_t(g * width)], total);
-    keep(op, sample, g, m);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      a[size_t(c)] = m.inverse * affine.gain[size_t(c)];
-      b[size_t(c)] = affine.offset[size_t(c)] - m.rest * a[size_t(c)];
-    }
-  }
-  const float *gain = a.data(), *offset = b.data();
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t begin = row * channels;
-    FOR(c, channels) {
-      const float z = (read<TYPE>(h, begin + c) - from[c]) * gain[c] + offset[c];
-      write<TYPE>(y, begin + c, activation<SILU>(z));
-    }
-  }
+// Adds x to a, or its distance from a first mean to a and that's square to b.
+template <typename F>
+inline void add_distance(F x, F near, F& a, F& b) {
+  const F d = x - near;
+  a += d, b = fma(d, d, b);
+}
+
+// What normalises some elements, and SiLU in the precision of the type they are written to.
+template <Type TYPE, bool SILU, typename F>
+inline F activation(F x, F near, F gain, F offset) {
+  const F z = fma(x - near, gain, offset);
+  if constexpr (!SILU) return z;
+  return z / one_plus_exponential<TYPE != Type::f32>(z);
 }
 
 template <Type TYPE, bool SILU>
-void forward_group(const GroupNorm& op, int64_t sample, int64_t group) {
+void forward_last(const GroupNorm& op, const Parameters& all, const Block& block, float*) {
+  const int64_t channels = op.channels, count = block.count, rows = op.positions, width = channels / op.groups;
+  const char* h = normalised<TYPE>(op, block.sample, block.first, rows, count, channels);
+  char* y = at<TYPE>(op.result, block.sample * op.result.sample + block.first);
+  std::vector<float> near(static_cast<size_t>(count)), a(near.size()), b(near.size());
+  const int64_t some = (rows + 7) / 8;
+  Columns sums = sum_columns<4>(some, count, [=](int64_t row, int64_t c, auto& first, auto&) {
+    first += load<TYPE, std::decay_t<decltype(first)>>(h, row * channels + c);
+  });
+  for (int64_t c = 0; c < count; c += width) {
+    const float mean = plain(float(sums.of(c, c + width).first / double(some * width)));
+    std::fill(near.begin() + c, near.begin() + c + width, mean);
+  }
+  const float* from = near.data();
+  sums = sum_columns<4>(rows, count, [=](int64_t row, int64_t c, auto& first, auto& second) {
+    using F = std::decay_t<decltype(first)>;
+    add_distance(load<TYPE, F>(h, row * channels + c), load<F>(from, c), first, second);
+  });
+  const Affine affine(op, all, block.sample, block.first, count);
+  for (int64_t g = 0; g < block.groups; ++g) {
+    const int64_t begin = g * width, end = begin + width;
+    const Moments m = moments_of(op, from[begin], sums.of(begin, end));
+    keep(op, block.sample, block.group + g, m);
+    for (int64_t c = begin; c < end; ++c) {
+      a[size_t(c)] = plain(m.inverse * affine.gain[c]);
+      b[size_t(c)] = plain(affine.offset[c] - m.rest * a[size_t(c)]);
+    }
+  }
+  const float *gain = a.data(), *offset = b.data();
+  each_of_rows(rows, count, [=](auto lane, int64_t row, int64_t c) {
+    using F = decltype(lane);
+    const int64_t i = row * channels + c;
+    store<TYPE>(y, i, activation<TYPE, SILU>(load<TYPE, F>(h, i), load<F>(from, c), load<F>(gain, c), load<F>(offset, c)));
+  });
+}
+
+template <Type TYPE, bool SILU>
+void forward_group(const GroupNorm& op, const Parameters& all, int64_t sample, int64_t group, float*) {
   const int64_t width = op.channels / op.groups, rows = op.positions, n = width * rows, element = group * n;
-  const Affine affine(op, sample, group * width, width);
-  const char* h = add_residual<TYPE>(op, element, sample, n);
+  const Affine affine(op, all, sample, group * width, width);
+  const char* h = normalised<TYPE>(op, sample, element, 1, n, n);
   char* y = at<TYPE>(op.result, sample * op.result.sample + element);
   const int64_t some = (n + 7) / 8;
-  const Sums first = sum_run(some, [=](int64_t i, float& a, float&) { a += read<TYPE>(h, i); });
-  const float near = float(first.first / double(some));
-  const Moments m = moments_of(op, near, sum_run(n, [=](int64_t i, float& a, float& b) {
-    const float d = read<TYPE>(h, i) - near;
-    a += d, b += d * d;
+  const Sums first = sum_run(some, [=](int64_t i, auto& a, auto&) { a += load<TYPE, std::decay_t<decltype(a)>>(h, i); });
+  const float near = plain(float(first.first / double(some)));
+  const Moments m = moments_of(op, near, sum_run(n, [=](int64_t i, auto& a, auto& b) {
+    using F = std::decay_t<decltype(a)>;
+    add_distance(load<TYPE, F>(h, i), spread<F>(near), a, b);
   }));
   keep(op, sample, group, m);
   for (int64_t c = 0; c < width; ++c) {
-    const float gain = m.inverse * affine.gain[size_t(c)], offset = affine.offset[size_t(c)] - m.rest * gain;
-    FOR(i, rows) {
-      const float z = (read<TYPE>(h, c * rows + i) - near) * gain + offset;
-      write<TYPE>(y, c * rows + i, activation<SILU>(z));
-    }
+    const float gain = plain(m.inverse * affine.gain[c]);
+    const float offset = plain(affine.offset[c] - m.rest * gain);
+    each(rows, [=](auto lane, int64_t row) {
+      using F = decltype(lane);
+      const int64_t i = c * rows + row;
+      store<TYPE>(y, i, activation<TYPE, SILU>(load<TYPE, F>(h, i), spread<F>(near), spread<F>(gain), spread<F>(offset)));
+    });
   }
 }
 
 // ---- backward ---------------------------------------------------------------------------------
 
-// The gradient of z = xhat gain + offset from that of its activation.
-template <bool SILU>
-inline float slope(float grad, float z) {
-  if (!SILU) return grad;
-  const float s = 1.0f / (1.0f + exponential_within(-z));
-  return grad * (s * (1.0f + z * (1.0f - s)));
+// What the gradient of z = xhat gain + offset is computed from, for some channels.
+template <typename F>
+struct Channels {
+  F mean, inverse, gain, offset;
+};
+
+// The gradient of z from that of its activation.
+template <Type TYPE, bool SILU, typename F>
+inline F slope(F grad, F z) {
+  if constexpr (!SILU) return grad;
+  const F s = spread<F>(1.0f) / one_plus_exponential<TYPE != Type::f32>(z);
+  return grad * fma(s, fma(-z, s, z), s);
+}
+
+// The first pass: dz of elements i, ..., kept at k for the second, its sum and that of dz xhat.
+template <Type TYPE, bool SILU, typename F>
+inline void add_slope(
+    const char* h, const char* dy, int64_t i, const Channels<F>& at, float* kept, int64_t k, F& a, F& b) {
+  const F xhat = (load<TYPE, F>(h, i) - at.mean) * at.inverse;
+  const F dz = slope<TYPE, SILU>(load<TYPE, F>(dy, i), fma(xhat, at.gain, at.offset));
+  store(kept, k, dz);
+  a += dz, b = fma(dz, xhat, b);
+}
+
+// The second: dx, of which `all` and `along` are the group's share.
+template <Type TYPE, bool MORE, typename F>
+inline void write_gradient(
+    const char* h, F dz, const char* more, char* dx, int64_t i, const Channels<F>& at, F all, F along) {
+  const F xhat = (load<TYPE, F>(h, i) - at.mean) * at.inverse;
+  const F d = at.inverse * fma(-xhat, along, fma(at.gain, dz, -all));
+  if constexpr (MORE) store<TYPE>(dx, i, d + load<TYPE, F>(more, i));
+  if constexpr (!MORE) store<TYPE>(dx, i, d);
 }
 
 // A group's share of the gradient: the means of gain dz and of gain dz xhat, from the sums of its channels.
 struct Shares {
-  float plain, along;
+  float all, along;
 };
 
-inline Shares shares_of(const GroupNorm& op, const float* gain, const Sums* sums) {
-  const int64_t width = op.channels / op.groups;
-  const double count = double(width * op.positions);
-  double plain = 0, along = 0;
-  for (int64_t c = 0; c < width; ++c) {
-    plain += double(gain[c]) * sums[c].first, along += double(gain[c]) * sums[c].second;
-  }
-  return {float(plain / count), float(along / count)};
+inline Shares shares_of(int64_t width, int64_t rows, const float* gain, const double* sums, const double* products) {
+  const double count = double(width * rows);
+  double all = 0, along = 0;
+  for (int64_t c = 0; c < width; ++c) all += double(gain[c]) * sums[c], along += double(gain[c]) * products[c];
+  return {plain(float(all / count)), plain(float(along / count))};
 }
 
-inline void keep(const GroupNorm& op, int64_t sample, int64_t channel, const Sums& sums) {
-  float* to = op.sums + 2 * (sample * op.channels + channel);
-  to[0] = float(sums.first), to[1] = float(sums.second);
+inline void keep(const GroupNorm& op, int64_t sample, int64_t first, const Columns& sums) {
+  float* to = op.sums + 2 * (sample * op.channels + first);
+  for (size_t c = 0; c < sums.first.size(); ++c) to[2 * c] = float(sums.first[c]), to[2 * c + 1] = float(sums.second[c]);
+}
+
+// Where dz waits for the second pass: in the memory of dx where nothing is lost by it, or in `scratch`.
+template <Type TYPE>
+inline float* waiting(char* dx, float* scratch) {
+  return TYPE == Type::f32 ? reinterpret_cast<float*>(dx) : scratch;
 }
 
 template <Type TYPE, bool SILU, bool MORE>
-void backward_last(const GroupNorm& op, int64_t sample, int threads) {
-  const int64_t channels = op.channels, rows = op.positions, width = channels / op.groups;
-  const Affine affine(op, sample, 0, channels);
-  const size_t count = size_t(channels);
-  std::vector<float> means(count), inverses(count), plain(count), along(count);
-  for (int64_t c = 0; c < channels; ++c) {
-    const float* m = op.moments + 2 * (sample * op.groups + c / width);
-    means[size_t(c)] = m[0], inverses[size_t(c)] = m[1];
+void backward_last(const GroupNorm& op, const Parameters& parameters, const Block& block, float* scratch) {
+  const int64_t channels = op.channels, count = block.count, rows = op.positions, width = channels / op.groups;
+  const Affine affine(op, parameters, block.sample, block.first, count);
+  const size_t size = size_t(count);
+  std::vector<float> means(size), inverses(size), alls(size), alongs(size);
+  for (int64_t c = 0; c < count; ++c) {
+    const float* m = op.moments + 2 * (block.sample * op.groups + block.group + c / width);
+    means[size_t(c)] = plain(m[0]), inverses[size_t(c)] = plain(m[1]);
   }
-  const char *h = at<TYPE>(op.x, sample * op.x.sample), *dy = at<TYPE>(op.grad, sample * op.grad.sample);
-  const char* more = at<TYPE>(op.residual, sample * op.residual.sample);
-  char* dx = at<TYPE>(op.result, sample * op.result.sample);
-  const float *mean = means.data(), *inverse = inverses.data(), *gain = affine.gain.data(), *offset = affine.offset.data();
-  const std::vector<Sums> sums = sum_columns<1>(rows, channels, threads, [=](int64_t i, int64_t c, float& a, float& b) {
-    const float xhat = (read<TYPE>(h, i) - mean[c]) * inverse[c];
-    const float dz = slope<SILU>(read<TYPE>(dy, i), xhat * gain[c] + offset[c]);
-    if (TYPE == Type::f32) write<TYPE>(dx, i, dz);  // kept until the second pass, where nothing is lost by it
-    a += dz, b += dz * xhat;
+  const float *mean = means.data(), *inverse = inverses.data(), *gain = affine.gain, *offset = affine.offset;
+  const auto channels_at = [=](auto lane, int64_t c) {
+    using F = decltype(lane);
+    return Channels<F>{load<F>(mean, c), load<F>(inverse, c), load<F>(gain, c), load<F>(offset, c)};
+  };
+  const char* h = at<TYPE>(op.x, block.sample * op.x.sample + block.first);
+  const char* dy = at<TYPE>(op.grad, block.sample * op.grad.sample + block.first);
+  const char* more = at<TYPE>(op.residual, block.sample * op.residual.sample + block.first);
+  char* dx = at<TYPE>(op.result, block.sample * op.result.sample + block.first);
+  float* kept = waiting<TYPE>(dx, scratch);
+  const int64_t apart = TYPE == Type::f32 ? channels : count;
+  const Columns sums = sum_columns<2>(rows, count, [=](int64_t row, int64_t c, auto& a, auto& b) {
+    const auto here = channels_at(std::decay_t<decltype(a)>{}, c);
+    add_slope<TYPE, SILU>(h, dy, row * channels + c, here, kept, row * apart + c, a, b);
   });
-  for (int64_t g = 0; g < op.groups; ++g) {
-    const Shares shares = shares_of(op, affine.gain.data() + g * width, sums.data() + g * width);
-    std::fill(plain.begin() + g * width, plain.begin() + (g + 1) * width, shares.plain);
-    std::fill(along.begin() + g * width, along.begin() + (g + 1) * width, shares.along);
+  keep(op, block.sample, block.first, sums);
+  for (int64_t c = 0; c < count; c += width) {
+    const Shares shares = shares_of(width, rows, gain + c, sums.first.data() + c, sums.second.data() + c);
+    std::fill(alls.begin() + c, alls.begin() + c + width, shares.all);
+    std::fill(alongs.begin() + c, alongs.begin() + c + width, shares.along);
   }
-  for (int64_t c = 0; c < channels; ++c) keep(op, sample, c, sums[size_t(c)]);
-  const float *p = plain.data(), *q = along.data();
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t begin = row * channels;
-    FOR(c, channels) {
-      const float xhat = (read<TYPE>(h, begin + c) - mean[c]) * inverse[c];
-      const float dz = TYPE == Type::f32 ? read<TYPE>(dx, begin + c)
-                                         : slope<SILU>(read<TYPE>(dy, begin + c), xhat * gain[c] + offset[c]);
-      const float d = inverse[c] * (gain[c] * dz - p[c] - xhat * q[c]);
-      write<TYPE>(dx, begin + c, MORE ? d + read<TYPE>(more, begin + c) : d);
-    }
-  }
+  const float *all = alls.data(), *along = alongs.data();
+  each_of_rows(rows, count, [=](auto lane, int64_t row, int64_t c) {
+    using F = decltype(lane);
+    const F dz = load<F>(kept, row * apart + c);
+    const int64_t i = row * channels + c;
+    write_gradient<TYPE, MORE>(h, dz, more, dx, i, channels_at(lane, c), load<F>(all, c), load<F>(along, c));
+  });
 }
 
 template <Type TYPE, bool SILU, bool MORE>
-void backward_group(const GroupNorm& op, int64_t sample, int64_t group) {
+void backward_group(const GroupNorm& op, const Parameters& parameters, int64_t sample, int64_t group, float* scratch) {
   const int64_t width = op.channels / op.groups, rows = op.positions, element = group * width * rows;
-  const Affine affine(op, sample, group * width, width);
-  const float *m = op.moments + 2 * (sample * op.groups + group), mean = m[0], inverse = m[1];
+  const Affine affine(op, parameters, sample, group * width, width);
+  const float *m = op.moments + 2 * (sample * op.groups + group), mean = plain(m[0]), inverse = plain(m[1]);
+  const auto channel_at = [&](auto lane, int64_t c) {
+    using F = decltype(lane);
+    return Channels<F>{spread<F>(mean), spread<F>(inverse), spread<F>(affine.gain[c]), spread<F>(affine.offset[c])};
+  };
   const char *h = at<TYPE>(op.x, sample * op.x.sample + element), *dy = at<TYPE>(op.grad, sample * op.grad.sample + element);
   const char* more = at<TYPE>(op.residual, sample * op.residual.sample + element);
   char* dx = at<TYPE>(op.result, sample * op.result.sample + element);
-  std::vector<Sums> sums(static_cast<size_t>(width));
+  float* kept = waiting<TYPE>(dx, scratch);
+  Columns sums{std::vector<double>(size_t(width)), std::vector<double>(size_t(width))};
   for (int64_t c = 0; c < width; ++c) {
-    const float gain = affine.gain[size_t(c)], offset = affine.offset[size_t(c)];
-    const int64_t begin = c * rows;
-    sums[size_t(c)] = sum_run(rows, [=](int64_t i, float& a, float& b) {
-      const float xhat = (read<TYPE>(h, begin + i) - mean) * inverse;
-      const float dz = slope<SILU>(read<TYPE>(dy, begin + i), xhat * gain + offset);
-      if (TYPE == Type::f32) write<TYPE>(dx, begin + i, dz);  // kept until the second pass, where nothing is lost by it
-      a += dz, b += dz * xhat;
+    const Sums total = sum_run(rows, [&](int64_t row, auto& a, auto& b) {
+      const int64_t i = c * rows + row;
+      add_slope<TYPE, SILU>(h, dy, i, channel_at(std::decay_t<decltype(a)>{}, c), kept, i, a, b);
     });
-    keep(op, sample, group * width + c, sums[size_t(c)]);
+    sums.first[size_t(c)] = total.first, sums.second[size_t(c)] = total.second;
   }
-  const Shares shares = shares_of(op, affine.gain.data(), sums.data());
-  for (int64_t c = 0; c < width; ++c) {
-    const float gain = affine.gain[size_t(c)], offset = affine.offset[size_t(c)];
-    FOR(i, rows) {
-      const int64_t k = c * rows + i;
-      const float xhat = (read<TYPE>(h, k) - mean) * inverse;
-      const float dz = TYPE == Type::f32 ? read<TYPE>(dx, k) : slope<SILU>(read<TYPE>(dy, k), xhat * gain + offset);
-      const float d = inverse * (gain * dz - shares.plain - xhat * shares.along);
-      write<TYPE>(dx, k, MORE ? d + read<TYPE>(more, k) : d);
-    }
+  keep(op, sample, group * width, sums);
+  const Shares shares = shares_of(width, rows, affine.gain, sums.first.data(), sums.second.data());
+  for (int64_t c = 0; c < width; ++c)
+    each(rows, [&](auto lane, int64_t row) {
+      using F = decltype(lane);
+      const int64_t i = c * rows + row;
+      const F all = spread<F>(shares.all), along = spread<F>(shares.along);
+      write_gradient<TYPE, MORE>(h, load<F>(kept, i), more, dx, i, channel_at(lane, c), all, along);
+    });
+}
+
+// ---- blocks and groups over threads -------------------------------------------------------------
+
+// How many groups of a channels-last sample are walked together: those of whole cache lines, and as many more as stay
+// with what is made of them in a core's second-level cache, or all where none stay; but every thread gets a part.
+inline int64_t groups_together(const GroupNorm& op, int64_t size, int team) {
+  constexpr int64_t IN_CACHE = 768 << 10, LINE = 64;
+  const int64_t width = op.channels / op.groups, bytes = 2 * width * size * op.positions;
+  int64_t unit = 1;
+  while (unit < op.groups && (unit * width * size) % LINE) ++unit;
+  const int64_t most = unit * bytes > IN_CACHE ? op.groups : IN_CACHE / bytes;
+  int64_t groups = unit;
+  const auto shared = [&](int64_t many) { return op.samples * ((op.groups + many - 1) / many) >= team; };
+  while (groups + unit <= std::min(most, op.groups) && shared(groups + unit)) groups += unit;
+  return groups;
+}
+
+// Calls f(unit, scratch) for each unit of work, by so many threads, each with a scratch of its own.
+template <typename F>
+void share(int64_t units, int team, int64_t scratch, F f) {
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    const std::unique_ptr<float[]> own(scratch ? new float[size_t(scratch)] : nullptr);
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < units; ++unit) f(unit, own.get());
   }
 }
 
-// ---- samples and groups over threads ------------------------------------------------------------
-
 template <Type TYPE, bool SILU>
 void run_norm(const GroupNorm& op, int threads) {
-  const int64_t worth = op.samples * op.channels * op.positions / WORTH_A_THREAD;
+  const Parameters parameters(op);
+  const int64_t width = op.channels / op.groups, worth = op.samples * op.channels * op.positions / WORTH_A_THREAD;
   const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));
-  const bool more = op.residual.data, outer = op.samples >= team;  // a thread has whole samples, which stay in its cache
+  const int64_t together = op.channels_last ? groups_together(op, TYPE == Type::f32 ? 4 : 2, team) : 1;
+  const int64_t parts = (op.groups + together - 1) / together;
+  const int64_t scratch = op.grad.data && TYPE != Type::f32 ? together * width * op.positions : 0;
+  const bool more = op.residual.data;
   const auto last = !op.grad.data ? forward_last<TYPE, SILU>
                     : more        ? backward_last<TYPE, SILU, true>
                                   : backward_last<TYPE, SILU, false>;
   const auto first = !op.grad.data ? forward_group<TYPE, SILU>
                      : more        ? backward_group<TYPE, SILU, true>
                                    : backward_group<TYPE, SILU, false>;
-  if (op.channels_last) {
-#pragma omp parallel for num_threads(team) if (outer && team > 1) schedule(static)
-    for (int64_t n = 0; n < op.samples; ++n) last(op, n, outer ? 1 : team);
-  } else {
-#pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
-    for (int64_t unit = 0; unit < op.samples * op.groups; ++unit) first(op, unit / op.groups, unit % op.groups);
-  }
+  share(op.samples * parts, team, scratch, [&](int64_t unit, float* own) {
+    const int64_t sample = unit / parts, group = unit % parts * together;
+    if (!op.channels_last) return first(op, parameters, sample, group, own);
+    const int64_t groups = std::min(together, op.groups - group);
+    last(op, parameters, {sample, group, groups, group * width, groups * width}, own);
+  });
 }
 
 void group_norm(const GroupNorm& op, int threads) {

@@ -356,21 +356,18 @@ def _group_norm_backward(ctx: Any, grad: Tensor | None, more: Tensor | None, _: 
     if grad is None or torch.is_grad_enabled():
         return _follow(reference.group_norm, given, needs, (grad, more))
     x, groups, weight, bias, _, scale, shift, residual, silu = given
+    seen = torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    run = torch.ops.fastdiff.group_norm_silu_backward if seen else _run_group_norm_silu_backward
     h = x if residual is None else total
-    dx, sums = torch.ops.fastdiff.group_norm_silu_backward(
-        grad, h, moments, groups, weight, bias, scale, shift, silu, more
-    )
-    plain, along = sums.unbind(2)
-    factor = 1 if scale is None else 1 + scale.to(sums.dtype)
+    dx, sums = run(grad, h, moments, groups, weight, bias, scale, shift, silu, more)
     gradients: dict[int, Tensor] = {0: dx, 7: dx}
-    if needs[2]:
-        gradients[2] = (factor * along).sum(0)
-    if needs[3]:
-        gradients[3] = (factor * plain).sum(0)
-    if needs[5]:
+    if needs[2] or needs[3]:
+        each = sums if scale is None else sums * (1 + scale.to(sums.dtype)).unsqueeze(2)
+        gradients[3], gradients[2] = each.sum(0).t().contiguous().unbind(0)
+    if needs[5] or needs[6]:
+        plain, along = sums.unbind(2)
         inner = along if weight is None else weight.to(sums.dtype) * along
         gradients[5] = inner if bias is None else inner + bias.to(sums.dtype) * plain
-    if needs[6]:
         gradients[6] = plain
     return tuple(gradients[i].to(given[i].dtype) if need else None for i, need in enumerate(needs))
 
