@@ -129,17 +129,18 @@ def test_no_elements_have_gradients_of_zero(each_backend):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_every_level_and_any_number_of_threads_give_the_same_bits(layout, dtype, batch):
-    x, w, b = lay_out(randn((batch, 48, 23, 29), 0, dtype), layout), randn((48,), 1), randn((48,), 2)
+@pytest.mark.parametrize(("channels", "groups"), [(48, 16), (52, 13), (7, 7)])
+def test_every_level_and_any_number_of_threads_give_the_same_bits(layout, dtype, batch, channels, groups):
+    x, w, b = lay_out(randn((batch, channels, 23, 29), 0, dtype), layout), randn((channels,), 1), randn((channels,), 2)
     grad = lay_out(randn(x.shape, 3, dtype), layout)
     results = []
     for level in _C.levels():
         for threads in (1, 2, 3):
             _C.use(level)
-            y, dx, moments, sums = (torch.empty_like(x) for _ in range(2)), None, torch.empty(batch, 16, 2), None
-            (y, dx), sums = y, torch.empty(batch, 48, 2)
-            _C.group_norm_silu(x, 16, w, b, 1e-5, None, None, None, True, y, None, moments, threads)
-            _C.group_norm_silu_backward(grad, x, moments, 16, w, b, None, None, True, None, dx, sums, threads)
+            y, dx = torch.empty_like(x), torch.empty_like(x)
+            moments, sums = torch.empty(batch, groups, 2), torch.empty(batch, channels, 2)
+            _C.group_norm_silu(x, groups, w, b, 1e-5, None, None, None, True, y, None, moments, threads)
+            _C.group_norm_silu_backward(grad, x, moments, groups, w, b, None, None, True, None, dx, sums, threads)
             results.append((y, moments, dx, sums))
     _C.use(_C.levels()[0])
     for other in results[1:]:

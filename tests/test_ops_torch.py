@@ -361,11 +361,29 @@ def sample_affine_step(layout, source, each, parts):
     return x, output, random_table(3, 0, F32, wide), *row, *more[0], *noise_of(source, layout), *more[1]
 
 
+def sample_group_norm(layout, parts, silu, grad, dtype):
+    c = SIZES[1]
+    x, residual = (lay_out(randn(SIZES, i, dtype), layout) for i in range(2))
+    given = {"w": randn((c,), 2), "b": randn((c,), 3), "s": randn((3, c), 4), "h": randn((3, c), 5), "r": residual}
+    leaves(grad, x, *(given[part] for part in parts))
+    w, b, s, h, r = (given[part] if part in parts else None for part in "wbshr")
+    return x, 1, w, b, 1e-5, s, h, r, silu
+
+
+def sample_group_norm_backward(layout, parts, silu, dtype):
+    x, groups, w, b, _, s, h, more, _ = sample_group_norm(layout, parts, silu, False, dtype)
+    grad = lay_out(randn(SIZES, 6, dtype), layout)
+    return grad, x, randn((3, groups, 2), 7).abs(), groups, w, b, s, h, silu, more
+
+
+PARTS = ("", "wb", "wbsh", "r", "wbshr")
 LAID, SOURCES, EACH = ("contiguous", "channels_last", "sliced"), ("given", "drawn", "addresses"), (False, True)
 COMBINED = {  # op: its inputs, by every combination of the choices
     "add_noise": (sample_add_noise, LAID, SOURCES, EACH, (False, True), (F32, BF16)),
     "diffusion_loss": (loss_inputs, ("narrow", "wide", "bounded"), LAID, SOURCES, (False, True), (F32, BF16)),
     "guide": (sample_guide, LAID, EACH, (F32, F16, F64), LAID[:2]),
+    "group_norm_silu": (sample_group_norm, LAID, PARTS, EACH, EACH, (F32, BF16, F64)),
+    "group_norm_silu_backward": (sample_group_norm_backward, LAID, PARTS, EACH, (F32, BF16, F64)),
     "affine_step": (sample_affine_step, LAID, (None, *SOURCES), EACH, ("alone", "learned", "guided", "full")),
 }
 

@@ -356,7 +356,7 @@ def _group_norm_backward(ctx: Any, grad: Tensor | None, more: Tensor | None, _: 
     if grad is None or torch.is_grad_enabled():
         return _follow(reference.group_norm, given, needs, (grad, more))
     x, groups, weight, bias, _, scale, shift, residual, silu = given
-    seen = torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    seen = torch.compiler.is_compiling() or watched() or torch._C._functorch.is_legacy_batchedtensor(grad)
     run = torch.ops.fastdiff.group_norm_silu_backward if seen else _run_group_norm_silu_backward
     h = x if residual is None else total
     dx, sums = run(grad, h, moments, groups, weight, bias, scale, shift, silu, more)
