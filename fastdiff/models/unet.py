@@ -123,22 +123,31 @@ class UNet(nn.Module):
     def prepared(self, dtype: torch.dtype | None = None) -> UNet:
         """A copy for inference, with its weights in ``dtype`` (default: theirs) and arranged for the machine once.
 
-        It follows changes of this network's weights when told to: ``copy.refresh(unet)``.
+        Where there is nothing to convert or arrange it is this network itself. The copy takes new weights when it is
+        told to: ``copy.refresh(unet)``.
         """
-        made = copy.deepcopy(self).to(dtype or self.emb.weight.dtype).eval().requires_grad_(False)
+        dtype = dtype or self.emb.weight.dtype
+        if dtype == self.emb.weight.dtype and not self._arranges(dtype):
+            return self
+        made = copy.deepcopy(self).to(dtype).eval().requires_grad_(False)
         made.refresh(self)
         return made
 
     @torch.no_grad()
     def refresh(self, unet: UNet) -> None:
         """Take the weights of ``unet``, of the same configuration, into the memory they have here."""
+        if unet is self:
+            return
         for mine, its in zip(self.parameters(), unet.parameters(), strict=True):
             mine.copy_(its)
         dtype = self.emb.weight.dtype
-        if self.emb.weight.device.type == "cpu" and packs(dtype):
+        if self._arranges(dtype):
             for layer in self.modules():
                 if isinstance(layer, Layer):
                     layer.pack(dtype)
+
+    def _arranges(self, dtype: torch.dtype) -> bool:
+        return self.emb.weight.device.type == "cpu" and packs(dtype)
 
     def _run(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         emb = self.time(t, x.dtype)
