@@ -13,24 +13,28 @@ namespace {
 
 const Kernels* kernels = &baseline;
 
-// Runs an op where its tensors are: on the CPU without the interpreter's lock, or on the current stream.
+// Launches an op on the current stream.
 template <typename Op, typename Cuda>
-void run(const Op& op, Device device, int threads, void (*on_cpu)(const Op&, int), Cuda on_cuda) {
-  if (op.space.samples == 0) return;
-  if (device.type == CPU) {
-    py::gil_scoped_release unlocked;
-    on_cpu(op, std::max(threads, 1));
-    return;
-  }
+void launch(const Op& op, Device device, Cuda on_cuda) {
 #if defined(FASTDIFF_CUDA)
   void* stream = nullptr;
   if (api->current_stream(CUDA, device.index, &stream) != 0) throw py::error_already_set();
   const int error = on_cuda(op, device.index, stream);
+  if (error == cuda::TOO_LARGE) refuse("the groups are too large for a multiprocessor");
   if (error) throw std::runtime_error(std::string("CUDA: ") + cuda::message(error));
 #else
-  (void)on_cuda;
+  (void)op, (void)device, (void)on_cuda;
   refuse("this build of fastdiff._C has no CUDA kernels");
 #endif
+}
+
+// Runs an op where its tensors are: on the CPU without the interpreter's lock, or on the current stream.
+template <typename Op, typename Cuda>
+void run(const Op& op, Device device, int threads, void (*on_cpu)(const Op&, int), Cuda on_cuda) {
+  if (op.space.samples == 0) return;
+  if (device.type != CPU) return launch(op, device, on_cuda);
+  py::gil_scoped_release unlocked;
+  on_cpu(op, std::max(threads, 1));
 }
 
 #if defined(FASTDIFF_CUDA)
@@ -163,8 +167,8 @@ void run_norm(GroupNorm& op, Plan& plan, int threads) {
     if (other->data && other->type != op.x.type) refuse("the tensors differ in dtype");
   Space space;
   op.channels_last = plan.dense(space);
-  if (plan.device().type != CPU) refuse("group norm runs on the CPU only");
   if (op.samples == 0 || space.elements == 0) return;
+  if (plan.device().type != CPU) return launch(op, plan.device(), ON_CUDA(group_norm));
   py::gil_scoped_release unlocked;
   kernels->group_norm(op, std::max(threads, 1));
 }

@@ -58,18 +58,25 @@ def triton_tool(name):
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
-@pytest.fixture(scope="module", params=["80", "90", "100"])
-def kernels(request, tmp_path_factory):
-    """The machine code of every kernel of one architecture: name to (registers, stack, instructions)."""
-    cubin = tmp_path_factory.mktemp("cubin") / "step.cubin"
-    source = ROOT / "csrc" / "cuda" / "step.cu"
-    command = [NVCC, "-O3", "-std=c++17", "--fmad=false", f"-arch=sm_{request.param}", "-cubin", source, "-o", cubin]
+def compiled(name, architecture, folder):
+    """The machine code of every kernel of a file: name to (registers, stack, instructions)."""
+    cubin, source = folder / f"{name}.cubin", ROOT / "csrc" / "cuda" / f"{name}.cu"
+    command = [NVCC, "-O3", "-std=c++17", "--fmad=false", f"-arch=sm_{architecture}", "-cubin", source, "-o", cubin]
     subprocess.run(command, check=True, capture_output=True)
     used = subprocess.run([triton_tool("cuobjdump"), "-res-usage", cubin], check=True, capture_output=True, text=True)
     code = subprocess.run([triton_tool("cuobjdump"), "-sass", cubin], check=True, capture_output=True, text=True)
     resources = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", used.stdout)
     bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", code.stdout, re.S))
-    return {name: (int(registers), int(stack), bodies[name]) for name, registers, stack in resources}
+    return {kernel: (int(registers), int(stack), bodies[kernel]) for kernel, registers, stack in resources}
+
+
+@pytest.fixture(scope="module", params=["80", "90", "100"])
+def kernels(request, tmp_path_factory):
+    return compiled("step", request.param, tmp_path_factory.mktemp("cubin"))
+
+
+def spills(stack, body):
+    return stack > 0 or re.search(r"\b(STL|LDL)\b", body)
 
 
 @needs_nvcc
@@ -77,8 +84,7 @@ def test_kernels_neither_spill_nor_crowd(kernels):
     assert len(kernels) >= 17
     for name, (registers, stack, body) in kernels.items():
         assert registers <= MAX_REGISTERS, name
-        assert stack == 0, name
-        assert not re.search(r"\b(STL|LDL)\b", body), name
+        assert not spills(stack, body), name
 
 
 @needs_nvcc
@@ -101,3 +107,33 @@ def test_products_and_sums_are_fused_only_where_the_source_says_so(kernels):
     assert len(guide) == 1
     assert "FFMA" not in guide[0]
     assert "FMUL" in guide[0]
+
+
+@pytest.fixture(scope="module", params=["80", "90", "100"])
+def norms(request, tmp_path_factory):
+    """The kernels of the group norm, and whether the architecture has clusters."""
+    made = compiled("norm", request.param, tmp_path_factory.mktemp("cubin"))
+    return made, int(request.param) >= 90
+
+
+@needs_nvcc
+def test_norms_neither_spill_nor_crowd(norms):
+    """Three blocks of 256 threads on a multiprocessor, or two where the gradient is made."""
+    kernels, clusters = norms
+    assert len(kernels) == 16
+    for name, (registers, stack, body) in kernels.items():
+        assert registers <= (80 if "forward" in name else 128), name
+        assert not spills(stack, body), name
+        assert ("UCGABAR" in body) == clusters, name
+
+
+@needs_nvcc
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_norms_move_sixteen_bytes_at_a_time(norms, kernel):
+    """Between device memory, shared memory and registers."""
+    vectors = {name: body for name, (*_, body) in norms[0].items() if re.search(f"{kernel}_kernelI.*Vector", name)}
+    assert len(vectors) == 6
+    for name, body in vectors.items():
+        for move, least in (("LDG.E.128", 6), ("STG.E.128", 2), ("LDS.128", 4), ("STS.128", 3)):
+            assert body.count(move) >= least, (name, move)
+        assert "STG.E.U16" not in body, name

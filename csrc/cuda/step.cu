@@ -1,12 +1,8 @@
 // The ops on a CUDA device. A thread takes four consecutive elements of a sample, which is one quad of noise; flat
 // tensors are read and written sixteen bytes at a time. Row-major elements, unless nothing is drawn and the tensors
 // are channels-last: then the order of their memory.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "../noise.h"
-#include "../number.h"
+#include "device.h"
 #include "kernels.h"
 
 namespace fastdiff::cuda {
@@ -37,24 +33,6 @@ __device__ __forceinline__ bool locate(const Space& space, Place& place) {
   const int64_t rest = space.elements - place.first;
   place.count = rest < 4 ? int(rest) : 4;
   return true;
-}
-
-__device__ __forceinline__ float load_one(const Operand& operand, int64_t at) {
-  switch (operand.type) {
-    case Type::f32: return reinterpret_cast<const float*>(operand.data)[at];
-    case Type::f64: return float(reinterpret_cast<const double*>(operand.data)[at]);
-    case Type::bf16: return from_bf16(reinterpret_cast<const uint16_t*>(operand.data)[at]);
-    default: return from_f16(reinterpret_cast<const uint16_t*>(operand.data)[at]);
-  }
-}
-
-__device__ __forceinline__ void store_one(const Operand& operand, int64_t at, float value) {
-  switch (operand.type) {
-    case Type::f32: reinterpret_cast<float*>(operand.data)[at] = value; break;
-    case Type::f64: reinterpret_cast<double*>(operand.data)[at] = value; break;
-    case Type::bf16: reinterpret_cast<uint16_t*>(operand.data)[at] = to_bf16(value); break;
-    default: reinterpret_cast<uint16_t*>(operand.data)[at] = to_f16(value);
-  }
 }
 
 // FLAT: every operand is flat and aligned, so that four elements are one access.
@@ -325,22 +303,6 @@ bool vectors(const Space& space, const Operands&... operands) {
 unsigned blocks(const Space& space) {
   return unsigned(((space.elements + 3) / 4 * space.samples + THREADS - 1) / THREADS);
 }
-
-// Puts the device of the tensors in place of the current one for a launch.
-class Guard {
- public:
-  explicit Guard(int device) {
-    cudaGetDevice(&before_);
-    if (before_ != device) cudaSetDevice(device), changed_ = true;
-  }
-  ~Guard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 template <typename Op>
 int launch(void (*kernel)(Op), const Op& op, int device, void* stream) {

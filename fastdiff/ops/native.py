@@ -31,8 +31,6 @@ def refuses(op: str, device: str, dtype: torch.dtype) -> str:
     """Why an op cannot run on a device with its state in a dtype; empty if it can."""
     if device not in ("cpu", "cuda"):
         return f"runs on cpu and cuda, not on {device}"
-    if device == "cuda" and op.startswith("group_norm"):
-        return f"has no {op} on cuda yet"
     if device == "cuda" and not _C.cuda:
         return f"was built without CUDA: {_report('no nvcc')}"
     return "computes in float32, not in float64" if dtype == torch.float64 else ""
