@@ -6,8 +6,12 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fastdiff.errors import check
 
 
 def write(path: Path, content: bytes) -> None:
@@ -40,6 +44,23 @@ def remove_tree(path: Path) -> None:
 def beside(path: Path) -> Path:
     """A fresh hidden name in the same directory, for what is not finished."""
     return path.parent / f".unfinished-{path.name}-{uuid.uuid4().hex[:8]}"
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """An unfinished directory to write into, which gets its name when it is whole, or is removed."""
+    check(not target.exists(), f"{target} already exists")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = beside(target)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        sync_directory(unfinished)
+        rename(unfinished, target)
+    except BaseException:
+        if unfinished.exists():
+            remove_tree(unfinished)
+        raise
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -1,6 +1,7 @@
-"""What every test file shares: the fixture that runs a float32 test of the step family on each of its backends."""
+"""What test files share: float32 tests of the step family run on each backend, tiny networks on one thread."""
 
 import pytest
+import torch
 from op_tools import BACKENDS
 
 import fastdiff as fd
@@ -10,3 +11,12 @@ import fastdiff as fd
 def each_backend(request):
     with fd.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny networks: threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -16,20 +16,32 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from fastdiff.ops.triton import bodies, kernels  # noqa: E402
+from fastdiff.ops.triton import bodies, kernels, norm, norm_bodies  # noqa: E402
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-KERNELS = ("normal", "add_noise", "guide", "affine_step", "loss_sums", "mean")
+KERNELS = {
+    kernels: ("normal", "add_noise", "guide", "affine_step", "loss_sums", "mean"),
+    norm: ("normalise", "chunk_moments", "join_moments", "normalise_chunk"),
+}
+KERNELS[norm] += ("gradient", "chunk_sums", "join_sums", "gradient_chunk")
 N, C, SIDE = 4, 3, 32
 
 
 @pytest.mark.skipif(TRITON < (3, 9), reason="the interpreter of this Triton rounds an fma twice")
-def test_values_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        ("triton_interpreted.py", "not slow"),
+        ("triton_norm_interpreted.py", "not slow"),
+        pytest.param("triton_norm_interpreted.py", "slow", marks=pytest.mark.slow),
+    ],
+)
+def test_values_in_the_interpreter(name, which):
+    path = Path(__file__).with_name(name)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", which, "-p", "no:cacheprovider", str(path)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=INTERPRETED.parents[1])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parents[1])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -74,8 +86,9 @@ def compiled(request, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", Device(request.param))
     found = []
-    for name in KERNELS:
-        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), found))
+    for module, names in KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
     return found
 
 
@@ -165,6 +178,73 @@ def test_machine_code(name, compiled, tmp_path):
     # The ptxas of older Tritons fuses packed products and sums on Blackwell whatever it is told.
     if name.startswith(("guide", "add_noise given", "second-order")) and (TRITON >= (3, 9) or arch_of(compiled) < 100):
         assert not any(i.startswith("FFMA") for i in instructions), "a product and a sum that round as one"
+
+
+# ---- group norm -----------------------------------------------------------------------------
+
+SIZES = [(128, 32), (384, 32), (256, 16), (512, 16), (256, 8), (512, 8), (256, 4)]  # channels and side, as in DDPM
+LARGE = [(128, 32), (256, 8), (128, 64), (384, 128)]
+
+
+def often(sizes):
+    """All of them, but those after the first only with the slow tests."""
+    return [pytest.param(*size, marks=[pytest.mark.slow] * (i > 0)) for i, size in enumerate(sizes)]
+
+
+def images(channels, side, dtype, layout):
+    return torch.zeros(N, channels, side, side, dtype=dtype).to(memory_format=layout)
+
+
+def norm_forward(x, scale=None, shift=None, residual=None):
+    channels, moments = x.shape[1], torch.zeros(N, 32, 2)
+    weight = torch.zeros(channels)
+    norm_bodies.group_norm_silu(x, 32, weight, weight, 1e-5, scale, shift, residual, True, x, residual, moments)
+
+
+def norm_backward(x, scale=None, shift=None, more=None):
+    channels, moments = x.shape[1], torch.zeros(N, 32, 2)
+    weight, sums = torch.zeros(channels), torch.zeros(N, channels, 2)
+    norm_bodies.group_norm_silu_backward(x, x, moments, 32, weight, weight, scale, shift, True, more, x, sums)
+
+
+def with_everything(run, x):
+    run(x, *torch.zeros(N, 2 * x.shape[1]).chunk(2, 1), x)
+
+
+def assert_in_registers(kernel, tmp_path, most=128, spilled=0):
+    registers, stack, _, instructions = inspect(kernel, tmp_path)
+    print(f"{registers} registers, {len(instructions)} instructions")
+    assert registers <= most
+    assert stack <= spilled
+    assert spilled or not any(i.startswith(("LDL", "STL")) for i in instructions), "spilled registers"
+    assert not re.search(r"\.ftz|\.approx", kernel.asm["ptx"]), "arithmetic that other backends do not have"
+    return instructions
+
+
+@pytest.mark.parametrize("run", [norm_forward, norm_backward])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(("channels", "side"), often(SIZES))
+def test_machine_code_of_the_group_norm(run, dtype, channels, side, compiled, tmp_path):
+    run(images(channels, side, dtype, torch.channels_last))
+    assert len(compiled) == 1, "the tile does not stay in registers"
+    instructions = assert_in_registers(compiled[0], tmp_path)
+    # Twelve channels to a group are 24 bytes, of which a program of a backward tile at this size has one group.
+    wide = "64" if run is norm_backward and dtype == BF16 and (channels, side) == (384, 32) else "128"
+    assert instructions.count(f"STG.E.{wide}") > 0
+    assert instructions.count(f"LDG.E.{wide}") >= instructions.count(f"STG.E.{wide}")
+    assert all(i in ("STG.E", f"STG.E.{wide}") for i in instructions if i.startswith("STG")), "narrow stores"
+
+
+@pytest.mark.parametrize("run", [norm_forward, norm_backward])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("channels", "side"), often(LARGE))
+def test_machine_code_of_a_group_norm_with_everything(run, layout, channels, side, compiled, tmp_path):
+    with_everything(run, images(channels, side, BF16, layout))
+    assert len(compiled) in (1, 3)
+    for kernel in compiled:
+        # The largest forward tile, of 512 threads: with all its parts it spills six numbers on Blackwell.
+        largest = run is norm_forward and (channels, side) == (128, 64) and arch_of(compiled) == 100
+        assert_in_registers(kernel, tmp_path, 168, 24 if largest else 0)
 
 
 def test_numbers_compile_once(compiled):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fastdiff.cli import demo, info, sample, train
+from fastdiff.cli import convert, demo, info, sample, train
 from fastdiff.errors import InputError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo.demo, train.train, sample.sample, info.info):
+for command in (demo.demo, train.train, sample.sample, convert.convert, info.info):
     app.command()(command)
 
 

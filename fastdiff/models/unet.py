@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.errors import check
+from fastdiff.models import diffusers, guided_diffusion, weights
 from fastdiff.models.convolution import Conv, Downsample, Layer, Linear, Upsample, packs
 from fastdiff.models.layers import (
     Attention,
@@ -95,7 +96,7 @@ class UNet(nn.Module):
         parts = _Parts(self.config)
         emb = embedding_channels or 4 * model_channels
         self.in_channels, self.condition_channels = in_channels, condition_channels
-        self.factor = 2 ** (len(channel_mult) - 1)
+        self.widths, self.factor = parts.widths, 2 ** (len(channel_mult) - 1)
         self.time = TimeEmbedding(model_channels, emb, frequency_shift)
         self.label = LabelEmbedding(num_classes, emb, null_label) if num_classes is not None else None
         width = parts.widths[0]
@@ -148,6 +149,88 @@ class UNet(nn.Module):
 
     def _arranges(self, dtype: torch.dtype) -> bool:
         return self.emb.weight.device.type == "cpu" and packs(dtype)
+
+    @classmethod
+    def from_diffusers(cls, source: object, *, subfolder: str | None = None) -> UNet:
+        """The network that a ``UNet2DModel`` of diffusers is: ``unet(x, t, y)`` is its ``model(x, t, y).sample``.
+
+        The blocks of DDPM and ADM are known: ``DownBlock2D``, ``AttnDownBlock2D``, ``ResnetDownsampleBlock2D``, the
+        same on the way up, and ``UNetMidBlock2D``. Twice as many output as input channels are a learned variance.
+
+        Args:
+            source: a directory with ``config.json`` and ``diffusion_pytorch_model.safetensors`` (or an index of
+                several; or ``.bin``, of which no code is run), a pipeline's directory, of which its ``unet`` is read,
+                or a live ``UNet2DModel``.
+            subfolder: of the directory.
+
+        Returns:
+            In float32, with exactly the file's values, on the CPU, in evaluation mode, without a null label.
+
+        Raises:
+            InputError: nothing there or damaged, every setting that has no counterpart here, every tensor that is
+                missing, unknown or of another shape.
+        """
+        return diffusers.load(cls, source, subfolder)
+
+    @classmethod
+    def from_guided_diffusion(cls, source: object, config: object) -> UNet:
+        """The network that a ``UNetModel`` of guided-diffusion (Dhariwal & Nichol 2021) is, or its ``SuperResModel``.
+
+        Args:
+            source: the path of a ``.pt`` file, of which no code is run, or of a ``.safetensors``; or a state dict.
+            config: the arguments of ``UNetModel``, or the flags of its scripts (those without ``model_channels``),
+                as a dict or the path of a JSON file. What is left out has the default of there. Channels that the
+                input has and the output has not, and those of ``SuperResModel``, are ``condition_channels``.
+
+        Returns:
+            As :meth:`from_diffusers`.
+
+        Raises:
+            InputError: as :meth:`from_diffusers`.
+        """
+        return guided_diffusion.load(cls, source, config)
+
+    def to_diffusers(self, *, flip_sin_to_cos: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """``(config, state)``: ``UNet2DModel(**config)`` with ``load_state_dict(state)`` computes what this does.
+
+        A null label is its last class. It takes a condition's channels after the image's, of the image's size.
+
+        Args:
+            flip_sin_to_cos: of the time embedding: False puts the sines first, as the networks of Ho et al. have them.
+
+        Returns:
+            config: all 28 arguments; state: copies, in this network's dtype and on its device.
+
+        Raises:
+            InputError: every setting that ``UNet2DModel`` does not have.
+        """
+        settings = diffusers.config(self, flip_sin_to_cos)
+        return settings, weights.exported(self, diffusers.table(self, flip_sin_to_cos))
+
+    def save_diffusers(self, path: object) -> None:
+        """Write a new directory that ``UNet2DModel.from_pretrained`` reads; whole or not at all.
+
+        Raises:
+            InputError: the path exists, or a setting that ``UNet2DModel`` does not have.
+        """
+        diffusers.save(self, path)
+
+    def to_guided_diffusion(self, *, new_attention_order: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """``(config, state)`` of the ``UNetModel`` of guided-diffusion that computes what this does.
+
+        A null label is its last class. With a condition of as many channels as the image it is a ``SuperResModel``.
+
+        Args:
+            new_attention_order: ``use_new_attention_order``: rows of query, key and value in turn, not head by head.
+
+        Returns:
+            config: the arguments of its constructor; state: copies, in this network's dtype and on its device.
+
+        Raises:
+            InputError: every setting that ``UNetModel`` does not have; its group norms are of 32 groups.
+        """
+        settings = guided_diffusion.config(self, new_attention_order)
+        return settings, weights.exported(self, guided_diffusion.table(self, new_attention_order))
 
     def _run(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         emb = self.time(t, x.dtype)
@@ -226,10 +309,9 @@ class _Parts:
 
     def middle(self) -> nn.ModuleList:
         width = self.widths[-1]
-        attention = [self._attention(width, self.config["middle_attention_norm"])]
-        return nn.ModuleList(
-            [self._res(width, width), *attention[: self.config["middle_attention"]], self._res(width, width)]
-        )
+        norm = self.config["middle_attention_norm"]
+        attention = [self._attention(width, norm)] if self.config["middle_attention"] else []
+        return nn.ModuleList([self._res(width, width), *attention, self._res(width, width)])
 
     def up(self, skips: list[int]) -> nn.ModuleList:
         """The blocks on the way up; each takes the newest skip connection that is left."""

@@ -193,7 +193,10 @@ def _run_group_norm_silu(x: Tensor, groups: int, *rest: Any) -> tuple[Tensor, Te
 
 def _run_group_norm_silu_backward(grad: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     result, sums = _results_of_norm_backward(grad, h)
-    body("group_norm_silu_backward", h.device, wide(h))(grad, h, *rest, result, sums)
+    if h.numel():
+        body("group_norm_silu_backward", h.device, wide(h))(grad, h, *rest, result, sums)
+    else:
+        sums.zero_()
     return result, sums
 
 

@@ -147,17 +147,9 @@ def _verified(path: Path, name: str, entry: dict[str, Any]) -> bytes:
 
 
 def _commit(target: Path, contents: dict[str, bytes], manifest: dict[str, Any]) -> None:
-    unfinished = _io.beside(target)
-    unfinished.mkdir()
-    try:
+    with _io.new_directory(target) as unfinished:
         for name, content in {**contents, MANIFEST: _io.to_json(manifest)}.items():
             _io.write(unfinished / name, content)
-        _io.sync_directory(unfinished)
-        _io.rename(unfinished, target)
-    except OSError:
-        if unfinished.exists():
-            _io.remove_tree(unfinished)
-        raise
 
 
 def _rotate(newest: Path, keep: int) -> None:

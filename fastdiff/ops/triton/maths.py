@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
-"""Philox, Box-Muller and the exponential on values: csrc/noise.h and csrc/number.h, operation by operation.
+"""Philox, Box-Muller, the exponential and SiLU on values: csrc/noise.h and csrc/number.h, operation by operation.
 
 The constants are the float32 numbers written there in hexadecimal; every digit counts. No function loads or stores.
 Multiplication and addition round separately (kernels are compiled without fusion) unless ``fma`` says otherwise.
@@ -91,6 +91,15 @@ def normals(w0, w1, w2, w3):
 
 
 @triton.jit
+def exponential_tail(f):
+    """(exp(f) - 1 - f) / f^2 for |f| <= log(2) / 2."""
+    p = tl.fma(f, 0.0013951719738543034, 0.008369598537683487)
+    p = tl.fma(p, f, 0.0416661873459816)
+    p = tl.fma(p, f, 0.16666512191295624)
+    return tl.fma(p, f, 0.5)
+
+
+@triton.jit
 def exponential(x):
     """exp(x) to about one unit in the last place, 0 and infinity beyond the range of float32; NaN stays."""
     bounded = tl.where(x < -104.0, -104.0, x)
@@ -98,11 +107,7 @@ def exponential(x):
     # Adding 1.5 * 2^23 rounds to a whole number.
     k = (bounded * 1.4426950216293335 + 12582912.0) - 12582912.0
     f = tl.fma(k, 1.9046542121259336e-09, tl.fma(k, -0.6931471824645996, bounded))
-    p = tl.fma(f, 0.0013951719738543034, 0.008369598537683487)
-    p = tl.fma(p, f, 0.0416661873459816)
-    p = tl.fma(p, f, 0.16666512191295624)
-    p = tl.fma(p, f, 0.5)
-    e = 1.0 + tl.fma(f * f, p, f)
+    e = 1.0 + tl.fma(f * f, exponential_tail(f), f)
     # 2^k in two factors, each of them a normal number.
     whole = tl.where(k == k, k, 0.0).to(tl.int32)
     half = whole >> 1
@@ -111,6 +116,28 @@ def exponential(x):
         * ((half + 127) << 23).to(tl.float32, bitcast=True)
         * ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
     )
+
+
+@triton.jit
+def exponential_within(x):
+    """exp of x held within -87 ... 87, where one factor is enough; NaN is for the caller to keep."""
+    bounded = tl.minimum(tl.maximum(x, -87.0), 87.0)
+    total = tl.fma(bounded, 1.4426950216293335, 12582912.0)
+    k = total - 12582912.0
+    f = tl.fma(k, 1.9046542121259336e-09, tl.fma(k, -0.6931471824645996, bounded))
+    whole = total.to(tl.int32, bitcast=True) - 0x4B400000  # k, from the last bits of the sum
+    return tl.fma(f, tl.fma(f, exponential_tail(f), 1.0), 1.0) * ((whole + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def silu(z):
+    return z / (1.0 + exponential_within(-z))
+
+
+@triton.jit
+def silu_slope(z):
+    s = 1.0 / (1.0 + exponential_within(-z))
+    return s * (1.0 + z * (1.0 - s))
 
 
 @triton.jit

@@ -1,0 +1,264 @@
+"""Weights of other people's networks: their settings, their tensors' names and shapes, their files.
+
+One table of entries says where each tensor of a peer lives in our network. Import and export read the same table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fastdiff.errors import InputError, check
+from fastdiff.models.layers import ResBlock
+
+if TYPE_CHECKING:
+    from fastdiff.models.unet import UNet
+
+LISTED = 10  #: names of one kind in a message; the rest is counted
+
+
+# ---- settings ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of a peer: what it is when it is not given, and what it has to be."""
+
+    default: Any
+    fits: Callable[[Any], bool]
+    need: str
+
+
+#: settings that have to be right by themselves, what is wrong with them together
+Check = tuple[tuple[str, ...], Callable[[dict[str, Any]], list[str]]]
+
+
+def exactly(*values: Any) -> Setting:
+    """One of ``values``; the first is the default."""
+    return Setting(values[0], lambda value: value in values, " or ".join(map(repr, values)))
+
+
+def whole(default: int | None = None, *, least: int = 1, or_value: tuple[int | None, ...] = ()) -> Setting:
+    """A whole number of at least ``least``, or one of ``or_value``."""
+    need = " or ".join([f"a whole number of at least {least}", *map(repr, or_value)])
+    return Setting(default, lambda value: value in or_value or is_whole(value, least), need)
+
+
+def number(default: float) -> Setting:
+    """A number of at least 0."""
+    return Setting(default, lambda value: is_number(value) and value >= 0, "a number of at least 0")
+
+
+def several(default: Iterable[Any] | None, fits: Callable[[Any], bool], need: str) -> Setting:
+    """A list whose members fit."""
+    return Setting(default, lambda value: isinstance(value, list | tuple) and all(map(fits, value)), f"a list: {need}")
+
+
+def anything(default: Any = None) -> Setting:
+    """A setting that changes nothing in the network."""
+    return Setting(default, lambda value: True, "")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def settled(
+    what: str, given: Mapping[str, Any], table: dict[str, Setting], checks: Iterable[Check] = ()
+) -> dict[str, Any]:
+    """All settings of ``table``, as given or by default. Keys that begin with ``_`` are left aside.
+
+    Raises:
+        InputError: everything that does not fit, alone or together, and every key that is not in the table.
+    """
+    values = {key: given.get(key, setting.default) for key, setting in table.items()}
+    bad = [key for key, setting in table.items() if not setting.fits(values[key])]
+    problems = [f"{key}={values[key]!r} must be {table[key].need}" for key in bad]
+    for keys, problems_of in checks:
+        problems += [] if set(keys) & set(bad) else problems_of(values)
+    problems += [f"{key} is not known" for key in given if key not in table and not str(key).startswith("_")]
+    refuse(f"{what} does not fit fastdiff.UNet", problems)
+    return values
+
+
+def refuse(what: str, problems: list[str]) -> None:
+    """Raise one error that lists all problems, if there are any."""
+    check(not problems, f"{what}: {'; '.join(problems)}")
+
+
+def image_size(size: int | None, levels: int) -> int:
+    """The ``image_size`` for a peer's, which need not be halved ``levels - 1`` times: the next one that can be."""
+    factor: int = 2 ** (levels - 1)
+    return -(-(size or 32) // factor) * factor
+
+
+def multiples(widths: list[int], channels: int) -> list[float]:
+    """``channel_mult`` of the widths."""
+    return [width / channels if width % channels else width // channels for width in widths]
+
+
+# ---- names ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a peer: our parameter ``ours``, or what ``index`` picks of it along ``dim``, in shape ``shape``."""
+
+    theirs: str
+    ours: str
+    shape: tuple[int, ...]
+    index: Tensor | None = None
+    dim: int = 0
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of that shape is this one; a matrix may carry trailing ones or lack them."""
+        if shape == self.shape:
+            return True
+        return len(shape) >= 2 and shape[:2] == self.shape[:2] and set(shape[2:] + self.shape[2:]) <= {1}
+
+    def give(self, parameter: Tensor) -> Tensor:
+        """The peer's tensor of our parameter: a contiguous copy."""
+        picked = parameter.detach()
+        if self.index is not None:
+            picked = picked.index_select(self.dim, self.index.to(picked.device))
+        return picked.reshape(self.shape).clone(memory_format=torch.contiguous_format)
+
+    def take(self, parameter: Tensor, tensor: Tensor) -> None:
+        """Write the peer's tensor into our parameter."""
+        where = slice(None) if self.index is None else (slice(None),) * self.dim + (self.index,)
+        target = parameter[where]
+        parameter[where] = tensor.detach().reshape(target.shape).to(parameter)
+
+
+#: tensors of a part of a block: our module in it, their name of it, the rows of ours
+Parts = Callable[[nn.Module], Iterable[tuple[str, str, Tensor | None]]]
+
+
+def entries(
+    unet: UNet, ends: Mapping[str, str], blocks: Iterable[tuple[str, str]], parts: Parts, emb: str
+) -> list[Entry]:
+    """The table of a network's tensors.
+
+    Args:
+        ends: our names and theirs of what stands outside the blocks.
+        blocks: our names and theirs of the parts of the blocks, in our order.
+        parts: what is in such a part.
+        emb: their name of a residual block's projection of the time embedding. Ours are the rows of one.
+    """
+    rows = iter(torch.arange(sum(unet.conditions)).split(unet.conditions))
+    table = [entry for ours, theirs in ends.items() for entry in _tensors(unet, ours, theirs)]
+    for ours, theirs in blocks:
+        module = unet.get_submodule(ours)
+        for part, name, index in parts(module):
+            table += _tensors(unet, _join(ours, part), _join(theirs, name), index)
+        if isinstance(module, ResBlock):
+            table += _tensors(unet, "emb", _join(theirs, emb), next(rows))
+    return table
+
+
+def _tensors(unet: UNet, ours: str, theirs: str, index: Tensor | None = None) -> Iterator[Entry]:
+    module = unet.get_submodule(ours) if ours != "label" or unet.label is not None else nn.Identity()
+    for name, parameter in module.named_parameters(recurse=False):
+        shape = tuple(parameter.shape) if index is None else (len(index), *parameter.shape[1:])
+        yield Entry(f"{theirs}.{name}", f"{ours}.{name}", shape, index)
+
+
+def _join(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+def exported(unet: UNet, table: list[Entry]) -> dict[str, Tensor]:
+    """The peer's state dict: copies, contiguous, in the dtype and on the device of the network."""
+    return {entry.theirs: entry.give(unet.get_parameter(entry.ours)) for entry in table}
+
+
+def empty(build: Callable[..., UNet], settings: dict[str, Any]) -> UNet:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return build(**settings)
+
+
+@torch.no_grad()
+def filled(unet: UNet, table: list[Entry], state: Mapping[str, Tensor], what: str) -> UNet:
+    """A network made by :func:`empty`, with the weights of a state dict: float32, on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: every tensor that is missing, is not in the table, or has another shape or no floating dtype.
+    """
+    known = {entry.theirs: entry for entry in table}
+    both = [known[name] for name in known if name in state]
+    wrong = [entry for entry in both if not entry.fits(tuple(state[entry.theirs].shape))]
+    problems = _listed("missing", [name for name in known if name not in state])
+    problems += _listed("not expected", [name for name in state if name not in known])
+    problems += _listed("of another shape", [_shapes(entry, state[entry.theirs]) for entry in wrong])
+    problems += _listed("not floating", [e.theirs for e in both if not state[e.theirs].is_floating_point()])
+    refuse(f"the tensors of {what} do not fit its configuration", problems)
+    unet = unet.to_empty(device="cpu").float().eval()
+    for entry in table:
+        entry.take(unet.get_parameter(entry.ours), state[entry.theirs])
+    return unet
+
+
+def _shapes(entry: Entry, tensor: Tensor) -> str:
+    return f"{entry.theirs} {list(tensor.shape)} instead of {list(entry.shape)}"
+
+
+def _listed(kind: str, names: list[str]) -> list[str]:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return [f"{len(names)} {kind}: {', '.join(names[:LISTED])}{more}"] if names else []
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def as_path(source: object) -> Path:
+    check(isinstance(source, str | PathLike), f"expected a path, got {type(source).__name__}")
+    return Path(source)  # type: ignore[arg-type]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    check(isinstance(value, dict), f"{path} must hold an object, got {type(value).__name__}")
+    return dict(value)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name of a safetensors file, or of one that torch.save wrote; code in a pickle is never run.
+
+    Raises:
+        InputError: no such file, damaged, anything in it but tensors by name.
+    """
+    check(path.is_file(), f"{path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in its reader
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path} cannot be read as tensors (code in pickles is never run): {reason}") from None
+    return state_dict(state, str(path))
+
+
+def state_dict(state: object, what: str) -> dict[str, Tensor]:
+    """``state`` if it is tensors by name."""
+    check(isinstance(state, Mapping), f"{what} must be tensors by name, got {type(state).__name__}")
+    assert isinstance(state, Mapping)
+    others = [f"{name!r} is {type(value).__name__}" for name, value in state.items() if not isinstance(value, Tensor)]
+    refuse(f"{what} must be tensors by name", _listed("others", others))
+    return dict(state)
