@@ -40,20 +40,18 @@ def make_network(device: torch.device, small: bool) -> Any:
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
-    widths: dict[str, Any] = {"block_out_channels": (32, 32), "norm_num_groups": 8} if small else {}
-    kinds = ("Down", "Up") if small else ("Down", "AttnDown", "Down", "Down", "Up", "Up", "AttnUp", "Up")
-    types = [f"{kind}Block2D" for kind in kinds]
-    settings: dict[str, Any] = {
-        "block_out_channels": (128, 256, 256, 256),
-        "down_block_types": types[: len(types) // 2],
-        "up_block_types": types[len(types) // 2 :],
-        "attention_head_dim": None,
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        **widths,
-    }
-    return UNet2DModel(sample_size=32, **settings).to(device)
+    down, up = ("Down", "AttnDown", "Down", "Down"), ("Up", "Up", "AttnUp", "Up")
+    return UNet2DModel(
+        sample_size=32,
+        block_out_channels=(32, 32) if small else (128, 256, 256, 256),
+        norm_num_groups=8 if small else 32,
+        down_block_types=[f"{kind}Block2D" for kind in down[: 2 if small else 4]],
+        up_block_types=[f"{kind}Block2D" for kind in up[2 if small else 0 :]],
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    ).to(device)
 
 
 # ---- forward ----------------------------------------------------------------------------------
