@@ -163,7 +163,7 @@ def _step(
     run: Any = None,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, BF16, enabled=autocast):
-        (out,) = _run(run or model, x)
+        (out,) = _run(model if run is None else run, x)
     loss = F.mse_loss(out.to(target.dtype), target)
     for parameter in model.parameters():
         parameter.grad = None
