@@ -49,8 +49,16 @@ FD_HD F fma(F a, F b, F c) {
 
 template <typename F>
 FD_HD F spread(float value) {
-  return F{} + value;
+  return value - F{};  // F{} + value would change -0, and so be computed
 }
+
+template <typename F>
+struct Bounded {  // of(a, most) is a within -most ... most; a number even for NaN
+  static FD_MEMBER F of(F a, float most) {
+    const F below = a < most ? a : most;
+    return below > -most ? below : -most;
+  }
+};
 
 // (exp(f) - 1 - f) / f^2 for |f| <= log(2) / 2.
 template <typename F>
@@ -67,12 +75,11 @@ FD_HD F short_exponential_tail(F f) {
   return fma(fma(spread<F>(0x1.5224eap-5f), f, spread<F>(0x1.571d1ep-3f)), f, spread<F>(0x1.0006b8p-1f));
 }
 
-// 1 + exp(-z), z held within -87 ... 87 where 2^k is one factor; a number even for NaN, which is for the caller to keep.
+// 1 + exp(-z), z held within -87 ... 87 where 2^k is one factor; a number for NaN too, which is for the caller to keep.
 template <bool SHORT, typename F>
 FD_HD F one_plus_exponential(F z) {
   using W = typename WordsOf<F>::type;
-  const W bits = bits_as<W>(z), magnitude = bits & 0x7FFFFFFFu, most = W{} + 0x42AE0000u;
-  const F bounded = bits_as<F>((magnitude < most ? magnitude : most) | (bits & 0x80000000u)), one = spread<F>(1.0f);
+  const F bounded = Bounded<F>::of(z, 87.0f), one = spread<F>(1.0f);
   // Adding 1.5 * 2^23 + 127 rounds to a whole number k, and leaves the exponent of 2^k in the sum's last bits.
   const F whole = spread<F>(0x1.8p23f + 127.0f), sum = fma(bounded, spread<F>(-0x1.715476p+0f), whole);
   const F f = fma(sum - whole, spread<F>(-0x1.62e430p-1f), -bounded);

@@ -2,8 +2,7 @@
 // and backward, over samples that are channels-last or contiguous.
 //
 // The variance is shifted: an eighth of a group gives a first mean, from which the second pass takes its differences.
-// Whatever the values, the rest of the cancellation is at most eightfold. Sums run in float32 over short pieces and in
-// float64 over those, in an order that does not depend on the number of threads.
+// Whatever the values, the rest of the cancellation is at most eightfold.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +10,11 @@
 #include <memory>
 #include <vector>
 
+#include "sums.h"
 #include "tiles.h"
-#include "vector.h"
 
 namespace fastdiff {
 namespace {
-
-constexpr int64_t PIECE = 64;  // values of a lane that are summed in float32
 
 inline float number(const Operand& operand, int64_t at, float otherwise) {
   if (!operand.data) return otherwise;
@@ -64,86 +61,26 @@ struct Affine {
 };
 
 template <Type TYPE>
+constexpr int64_t SIZE = TYPE == Type::f32 ? 4 : 2;
+
+template <Type TYPE>
 inline char* at(const Operand& operand, int64_t element) {
-  constexpr int64_t SIZE = TYPE == Type::f32 ? 4 : 2;
-  return operand.data ? operand.data + element * SIZE : nullptr;
+  return operand.data ? operand.data + element * SIZE<TYPE> : nullptr;
 }
 
-// ---- sums -------------------------------------------------------------------------------------
-
-struct Sums {
-  double first = 0, second = 0;
-};
-
-// Two sums over a run of values; f(i, a, b) adds elements i, i + 1, ... to a and b. Several sums at once hide the
-// latency of an addition.
-template <typename G>
-inline Sums sum_run(int64_t n, G f) {
-  constexpr int64_t LANES = 64, FOLDED = 16, WHOLE = 16 * PIECE, COUNT = LANES / WIDTH;
-  double first[FOLDED] = {}, second[FOLDED] = {};
-  for (int64_t begin = 0; begin < n; begin += WHOLE) {
-    const int64_t end = std::min(begin + WHOLE, n), even = begin + (end - begin) / LANES * LANES;
-    Floats sums[COUNT] = {}, others[COUNT] = {};
-    for (int64_t i = begin; i < even; i += LANES)
-      for (int64_t j = 0; j < COUNT; ++j) f(i + j * WIDTH, sums[j], others[j]);
-    alignas(64) float a[LANES], b[LANES];
-    memcpy(a, sums, sizeof a), memcpy(b, others, sizeof b);
-    for (int64_t i = even; i < end; ++i) f(i, a[i - even], b[i - even]);
-    for (int64_t k = 0; k < LANES; ++k) first[k % FOLDED] += double(a[k]), second[k % FOLDED] += double(b[k]);
-  }
-  Sums total;
-  for (int64_t j = 0; j < FOLDED; ++j) total.first += first[j], total.second += second[j];
-  return total;
+// Asks for an element to be read or written in a while, which may lie behind the last. The rows of a few channels lie
+// apart, where the processor does not see them coming.
+constexpr int64_t AHEAD = 32;
+template <Type TYPE, bool WRITE = false>
+inline void expect(const char* from, int64_t element) {
+  const uintptr_t address = uintptr_t(from) + uintptr_t(element * SIZE<TYPE>);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), WRITE, WRITE ? 3 : 2);
 }
 
 // Whole groups of a channels-last sample that are walked together: `count` channels from `first`.
 struct Block {
   int64_t sample, group, groups, first, count;
 };
-
-// Two sums for each channel.
-struct Columns {
-  std::vector<double> first, second;
-
-  Sums of(int64_t begin, int64_t end) const {
-    Sums total;
-    for (int64_t c = begin; c < end; ++c) total.first += first[size_t(c)], total.second += second[size_t(c)];
-    return total;
-  }
-};
-
-// Rows begin ... end - 1 of COUNT F of channels from c, which stay in registers.
-template <typename F, int COUNT, typename G>
-inline void sum_rows(int64_t begin, int64_t end, int64_t c, float* a, float* b, G f) {
-  F first[COUNT] = {}, second[COUNT] = {};
-  for (int64_t row = begin; row < end; ++row)
-    for (int64_t k = 0; k < COUNT; ++k) f(row, c + k * count_of<F>, first[k], second[k]);
-  for (int64_t k = 0; k < COUNT; ++k) store(a, c + k * count_of<F>, first[k]), store(b, c + k * count_of<F>, second[k]);
-}
-
-// f(row, c, a, b) adds channels c, c + 1, ... of a row to a and b. A cache line or more is walked at a time.
-template <int COUNT, typename G>
-inline Columns sum_columns(int64_t rows, int64_t channels, G f) {
-  std::vector<float> sums(static_cast<size_t>(2 * channels));
-  Columns total{std::vector<double>(size_t(channels)), std::vector<double>(size_t(channels))};
-  float *a = sums.data(), *b = a + channels;
-  double *first = total.first.data(), *second = total.second.data();
-  for (int64_t begin = 0; begin < rows; begin += PIECE) {
-    const int64_t end = std::min(rows, begin + PIECE);
-    int64_t c = 0;
-    for (; c + COUNT * WIDTH <= channels; c += COUNT * WIDTH) sum_rows<Floats, COUNT>(begin, end, c, a, b, f);
-    for (; c + WIDTH <= channels; c += WIDTH) sum_rows<Floats, 1>(begin, end, c, a, b, f);
-    for (; c < channels; ++c) sum_rows<float, 1>(begin, end, c, a, b, f);
-    FOR(j, channels) first[j] += double(a[j]), second[j] += double(b[j]);
-  }
-  return total;
-}
-
-// Calls f(F(), row, c).
-template <typename G>
-inline void each_of_rows(int64_t rows, int64_t channels, G f) {
-  for (int64_t row = 0; row < rows; ++row) each(channels, [&](auto lane, int64_t c) { f(lane, row, c); });
-}
 
 // ---- forward ----------------------------------------------------------------------------------
 
@@ -174,13 +111,14 @@ inline void add(const char* x, const char* r, char* h, int64_t n) {
 
 // What is normalised: x, or its sum with the residual, which is made here; `rows` of them so long and so far apart.
 template <Type TYPE>
-inline const char* normalised(const GroupNorm& op, int64_t sample, int64_t element, int64_t rows, int64_t length, int64_t apart) {
+inline const char* normalised(
+    const GroupNorm& op, int64_t sample, int64_t element, int64_t rows, int64_t length, int64_t apart) {
   const char* x = at<TYPE>(op.x, sample * op.x.sample + element);
   if (!op.residual.data) return x;
   const char* r = at<TYPE>(op.residual, sample * op.residual.sample + element);
   const Operand& kept = op.sum.data ? op.sum : op.result;
   char* h = at<TYPE>(kept, sample * kept.sample + element);
-  const int64_t bytes = apart * (TYPE == Type::f32 ? 4 : 2);
+  const int64_t bytes = apart * SIZE<TYPE>;
   for (int64_t row = 0; row < rows; ++row) add<TYPE>(x + row * bytes, r + row * bytes, h + row * bytes, length);
   return h;
 }
@@ -192,10 +130,16 @@ inline void add_distance(F x, F near, F& a, F& b) {
   a += d, b = fma(d, d, b);
 }
 
-// What normalises some elements, and SiLU in the precision of the type they are written to.
+// What normalises some channels.
+template <typename F>
+struct Forward {
+  F near, gain, offset;
+};
+
+// SiLU in the precision of the type that it is written to.
 template <Type TYPE, bool SILU, typename F>
-inline F activation(F x, F near, F gain, F offset) {
-  const F z = fma(x - near, gain, offset);
+inline F activation(F x, const Forward<F>& at) {
+  const F z = fma(x - at.near, at.gain, at.offset);
   if constexpr (!SILU) return z;
   return z / one_plus_exponential<TYPE != Type::f32>(z);
 }
@@ -207,18 +151,20 @@ void forward_last(const GroupNorm& op, const Parameters& all, const Block& block
   char* y = at<TYPE>(op.result, block.sample * op.result.sample + block.first);
   std::vector<float> near(static_cast<size_t>(count)), a(near.size()), b(near.size());
   const int64_t some = (rows + 7) / 8;
-  Columns sums = sum_columns<4>(some, count, [=](int64_t row, int64_t c, auto& first, auto&) {
-    first += load<TYPE, std::decay_t<decltype(first)>>(h, row * channels + c);
-  });
+  Columns sums = sum_columns<4>(some, count, [](auto lane, int64_t) { return lane; },
+    [=](int64_t row, int64_t c, auto nothing, auto& first, auto&) {
+      first += load<TYPE, decltype(nothing)>(h, row * channels + c);
+    });
   for (int64_t c = 0; c < count; c += width) {
     const float mean = plain(float(sums.of(c, c + width).first / double(some * width)));
     std::fill(near.begin() + c, near.begin() + c + width, mean);
   }
   const float* from = near.data();
-  sums = sum_columns<4>(rows, count, [=](int64_t row, int64_t c, auto& first, auto& second) {
-    using F = std::decay_t<decltype(first)>;
-    add_distance(load<TYPE, F>(h, row * channels + c), load<F>(from, c), first, second);
-  });
+  sums = sum_columns<4>(rows, count, [=](auto lane, int64_t c) { return load<decltype(lane)>(from, c); },
+    [=](int64_t row, int64_t c, auto mean, auto& first, auto& second) {
+      expect<TYPE>(h, (row + AHEAD) * channels + c);
+      add_distance(load<TYPE, decltype(mean)>(h, row * channels + c), mean, first, second);
+    });
   const Affine affine(op, all, block.sample, block.first, count);
   for (int64_t g = 0; g < block.groups; ++g) {
     const int64_t begin = g * width, end = begin + width;
@@ -230,10 +176,14 @@ void forward_last(const GroupNorm& op, const Parameters& all, const Block& block
     }
   }
   const float *gain = a.data(), *offset = b.data();
-  each_of_rows(rows, count, [=](auto lane, int64_t row, int64_t c) {
+  const auto normal_at = [=](auto lane, int64_t c) {
     using F = decltype(lane);
+    return Forward<F>{load<F>(from, c), load<F>(gain, c), load<F>(offset, c)};
+  };
+  each_of_rows<4>(rows, count, normal_at, [=](int64_t row, int64_t c, const auto& here) {
     const int64_t i = row * channels + c;
-    store<TYPE>(y, i, activation<TYPE, SILU>(load<TYPE, F>(h, i), load<F>(from, c), load<F>(gain, c), load<F>(offset, c)));
+    expect<TYPE, true>(y, i + AHEAD * channels);
+    store<TYPE>(y, i, activation<TYPE, SILU>(load<TYPE, std::decay_t<decltype(here.near)>>(h, i), here));
   });
 }
 
@@ -244,12 +194,16 @@ void forward_group(const GroupNorm& op, const Parameters& all, int64_t sample, i
   const char* h = normalised<TYPE>(op, sample, element, 1, n, n);
   char* y = at<TYPE>(op.result, sample * op.result.sample + element);
   const int64_t some = (n + 7) / 8;
-  const Sums first = sum_run(some, [=](int64_t i, auto& a, auto&) { a += load<TYPE, std::decay_t<decltype(a)>>(h, i); });
+  const Sums first = sum_run(some, [](auto lane) { return lane; },
+                             [=](int64_t i, auto nothing, auto& a, auto&) {
+                               a += load<TYPE, decltype(nothing)>(h, i);
+                             });
   const float near = plain(float(first.first / double(some)));
-  const Moments m = moments_of(op, near, sum_run(n, [=](int64_t i, auto& a, auto& b) {
-    using F = std::decay_t<decltype(a)>;
-    add_distance(load<TYPE, F>(h, i), spread<F>(near), a, b);
-  }));
+  const Sums sums = sum_run(n, [=](auto lane) { return spread<decltype(lane)>(near); },
+                            [=](int64_t i, auto mean, auto& a, auto& b) {
+                              add_distance(load<TYPE, decltype(mean)>(h, i), mean, a, b);
+                            });
+  const Moments m = moments_of(op, near, sums);
   keep(op, sample, group, m);
   for (int64_t c = 0; c < width; ++c) {
     const float gain = plain(m.inverse * affine.gain[c]);
@@ -257,7 +211,8 @@ void forward_group(const GroupNorm& op, const Parameters& all, int64_t sample, i
     each(rows, [=](auto lane, int64_t row) {
       using F = decltype(lane);
       const int64_t i = c * rows + row;
-      store<TYPE>(y, i, activation<TYPE, SILU>(load<TYPE, F>(h, i), spread<F>(near), spread<F>(gain), spread<F>(offset)));
+      const Forward<F> here{spread<F>(near), spread<F>(gain), spread<F>(offset)};
+      store<TYPE>(y, i, activation<TYPE, SILU>(load<TYPE, F>(h, i), here));
     });
   }
 }
@@ -288,12 +243,17 @@ inline void add_slope(
   a += dz, b = fma(dz, xhat, b);
 }
 
-// The second: dx, of which `all` and `along` are the group's share.
+// What makes dx of dz and xhat: gain dz less the group's shares, by the inverse deviation.
+template <typename F>
+struct Backward {
+  F mean, inverse, gain, all, along;
+};
+
+// The second.
 template <Type TYPE, bool MORE, typename F>
-inline void write_gradient(
-    const char* h, F dz, const char* more, char* dx, int64_t i, const Channels<F>& at, F all, F along) {
+inline void write_gradient(const char* h, F dz, const char* more, char* dx, int64_t i, const Backward<F>& at) {
   const F xhat = (load<TYPE, F>(h, i) - at.mean) * at.inverse;
-  const F d = at.inverse * fma(-xhat, along, fma(at.gain, dz, -all));
+  const F d = at.inverse * fma(-xhat, at.along, fma(at.gain, dz, -at.all));
   if constexpr (MORE) store<TYPE>(dx, i, d + load<TYPE, F>(more, i));
   if constexpr (!MORE) store<TYPE>(dx, i, d);
 }
@@ -315,14 +275,8 @@ inline void keep(const GroupNorm& op, int64_t sample, int64_t first, const Colum
   for (size_t c = 0; c < sums.first.size(); ++c) to[2 * c] = float(sums.first[c]), to[2 * c + 1] = float(sums.second[c]);
 }
 
-// Where dz waits for the second pass: in the memory of dx where nothing is lost by it, or in `scratch`.
-template <Type TYPE>
-inline float* waiting(char* dx, float* scratch) {
-  return TYPE == Type::f32 ? reinterpret_cast<float*>(dx) : scratch;
-}
-
 template <Type TYPE, bool SILU, bool MORE>
-void backward_last(const GroupNorm& op, const Parameters& parameters, const Block& block, float* scratch) {
+void backward_last(const GroupNorm& op, const Parameters& parameters, const Block& block, float* kept) {
   const int64_t channels = op.channels, count = block.count, rows = op.positions, width = channels / op.groups;
   const Affine affine(op, parameters, block.sample, block.first, count);
   const size_t size = size_t(count);
@@ -340,12 +294,11 @@ void backward_last(const GroupNorm& op, const Parameters& parameters, const Bloc
   const char* dy = at<TYPE>(op.grad, block.sample * op.grad.sample + block.first);
   const char* more = at<TYPE>(op.residual, block.sample * op.residual.sample + block.first);
   char* dx = at<TYPE>(op.result, block.sample * op.result.sample + block.first);
-  float* kept = waiting<TYPE>(dx, scratch);
-  const int64_t apart = TYPE == Type::f32 ? channels : count;
-  const Columns sums = sum_columns<2>(rows, count, [=](int64_t row, int64_t c, auto& a, auto& b) {
-    const auto here = channels_at(std::decay_t<decltype(a)>{}, c);
-    add_slope<TYPE, SILU>(h, dy, row * channels + c, here, kept, row * apart + c, a, b);
-  });
+  const Columns sums = sum_columns<2>(rows, count, channels_at,
+    [=](int64_t row, int64_t c, const auto& here, auto& a, auto& b) {
+      expect<TYPE>(h, (row + AHEAD) * channels + c), expect<TYPE>(dy, (row + AHEAD) * channels + c);
+      add_slope<TYPE, SILU>(h, dy, row * channels + c, here, kept, row * count + c, a, b);
+    });
   keep(op, block.sample, block.first, sums);
   for (int64_t c = 0; c < count; c += width) {
     const Shares shares = shares_of(width, rows, gain + c, sums.first.data() + c, sums.second.data() + c);
@@ -353,60 +306,75 @@ void backward_last(const GroupNorm& op, const Parameters& parameters, const Bloc
     std::fill(alongs.begin() + c, alongs.begin() + c + width, shares.along);
   }
   const float *all = alls.data(), *along = alongs.data();
-  each_of_rows(rows, count, [=](auto lane, int64_t row, int64_t c) {
+  const auto back_at = [=](auto lane, int64_t c) {
     using F = decltype(lane);
-    const F dz = load<F>(kept, row * apart + c);
-    const int64_t i = row * channels + c;
-    write_gradient<TYPE, MORE>(h, dz, more, dx, i, channels_at(lane, c), load<F>(all, c), load<F>(along, c));
+    return Backward<F>{load<F>(mean, c), load<F>(inverse, c), load<F>(gain, c), load<F>(all, c), load<F>(along, c)};
+  };
+  each_of_rows<4>(rows, count, back_at, [=](int64_t row, int64_t c, const auto& here) {
+    expect<TYPE, true>(dx, (row + AHEAD) * channels + c);
+    const auto dz = load<std::decay_t<decltype(here.mean)>>(kept, row * count + c);
+    write_gradient<TYPE, MORE>(h, dz, more, dx, row * channels + c, here);
   });
 }
 
 template <Type TYPE, bool SILU, bool MORE>
-void backward_group(const GroupNorm& op, const Parameters& parameters, int64_t sample, int64_t group, float* scratch) {
+void backward_group(const GroupNorm& op, const Parameters& parameters, int64_t sample, int64_t group, float* kept) {
   const int64_t width = op.channels / op.groups, rows = op.positions, element = group * width * rows;
   const Affine affine(op, parameters, sample, group * width, width);
   const float *m = op.moments + 2 * (sample * op.groups + group), mean = plain(m[0]), inverse = plain(m[1]);
-  const auto channel_at = [&](auto lane, int64_t c) {
-    using F = decltype(lane);
-    return Channels<F>{spread<F>(mean), spread<F>(inverse), spread<F>(affine.gain[c]), spread<F>(affine.offset[c])};
-  };
-  const char *h = at<TYPE>(op.x, sample * op.x.sample + element), *dy = at<TYPE>(op.grad, sample * op.grad.sample + element);
+  const char* h = at<TYPE>(op.x, sample * op.x.sample + element);
+  const char* dy = at<TYPE>(op.grad, sample * op.grad.sample + element);
   const char* more = at<TYPE>(op.residual, sample * op.residual.sample + element);
   char* dx = at<TYPE>(op.result, sample * op.result.sample + element);
-  float* kept = waiting<TYPE>(dx, scratch);
   Columns sums{std::vector<double>(size_t(width)), std::vector<double>(size_t(width))};
   for (int64_t c = 0; c < width; ++c) {
-    const Sums total = sum_run(rows, [&](int64_t row, auto& a, auto& b) {
-      const int64_t i = c * rows + row;
-      add_slope<TYPE, SILU>(h, dy, i, channel_at(std::decay_t<decltype(a)>{}, c), kept, i, a, b);
+    const float gain = affine.gain[c], offset = affine.offset[c];
+    const auto channel = [=](auto lane) {
+      using F = decltype(lane);
+      return Channels<F>{spread<F>(mean), spread<F>(inverse), spread<F>(gain), spread<F>(offset)};
+    };
+    const Sums total = sum_run(rows, channel, [=](int64_t row, const auto& here, auto& a, auto& b) {
+      add_slope<TYPE, SILU>(h, dy, c * rows + row, here, kept, c * rows + row, a, b);
     });
     sums.first[size_t(c)] = total.first, sums.second[size_t(c)] = total.second;
   }
   keep(op, sample, group * width, sums);
   const Shares shares = shares_of(width, rows, affine.gain, sums.first.data(), sums.second.data());
-  for (int64_t c = 0; c < width; ++c)
-    each(rows, [&](auto lane, int64_t row) {
+  for (int64_t c = 0; c < width; ++c) {
+    const float gain = affine.gain[c];
+    each(rows, [=](auto lane, int64_t row) {
       using F = decltype(lane);
-      const int64_t i = c * rows + row;
-      const F all = spread<F>(shares.all), along = spread<F>(shares.along);
-      write_gradient<TYPE, MORE>(h, load<F>(kept, i), more, dx, i, channel_at(lane, c), all, along);
+      const Backward<F> here{
+          spread<F>(mean), spread<F>(inverse), spread<F>(gain), spread<F>(shares.all), spread<F>(shares.along)};
+      write_gradient<TYPE, MORE>(h, load<F>(kept, c * rows + row), more, dx, c * rows + row, here);
     });
+  }
 }
 
 // ---- blocks and groups over threads -------------------------------------------------------------
 
 // How many groups of a channels-last sample are walked together: those of whole cache lines, and as many more as stay
-// with what is made of them in a core's second-level cache, or all where none stay; but every thread gets a part.
-inline int64_t groups_together(const GroupNorm& op, int64_t size, int team) {
-  constexpr int64_t IN_CACHE = 768 << 10, LINE = 64;
-  const int64_t width = op.channels / op.groups, bytes = 2 * width * size * op.positions;
+// in a core's second-level cache, of which a value takes so many `bytes`, or all where none stay; but every thread
+// gets a part, and the parts are as even as they can be.
+inline int64_t groups_together(const GroupNorm& op, int64_t size, int64_t bytes, int team) {
+  constexpr int64_t IN_CACHE = 1 << 20, LINE = 64;
+  const int64_t width = op.channels / op.groups, group = width * op.positions * bytes;
   int64_t unit = 1;
   while (unit < op.groups && (unit * width * size) % LINE) ++unit;
-  const int64_t most = unit * bytes > IN_CACHE ? op.groups : IN_CACHE / bytes;
-  int64_t groups = unit;
-  const auto shared = [&](int64_t many) { return op.samples * ((op.groups + many - 1) / many) >= team; };
-  while (groups + unit <= std::min(most, op.groups) && shared(groups + unit)) groups += unit;
-  return groups;
+  const int64_t units = (op.groups + unit - 1) / unit;
+  const int64_t most = unit * group > IN_CACHE ? units : IN_CACHE / (unit * group);
+  int64_t parts = (units + most - 1) / most;
+  while (parts < units && op.samples * parts < team) ++parts;
+  return (units + parts - 1) / parts * unit;
+}
+
+// Memory of a thread, kept for the next call while it is small: fresh pages cost more than what is done in them.
+inline float* scratch_of(int64_t count, std::unique_ptr<float[]>& large) {
+  constexpr int64_t SMALL = 256 << 10;
+  if (count > SMALL) return (large.reset(new float[size_t(count)]), large.get());
+  static thread_local std::vector<float> small;
+  if (small.size() < size_t(count)) small.resize(size_t(count));
+  return small.data();
 }
 
 // Calls f(unit, scratch) for each unit of work, by so many threads, each with a scratch of its own.
@@ -414,9 +382,10 @@ template <typename F>
 void share(int64_t units, int team, int64_t scratch, F f) {
 #pragma omp parallel num_threads(team) if (team > 1)
   {
-    const std::unique_ptr<float[]> own(scratch ? new float[size_t(scratch)] : nullptr);
+    std::unique_ptr<float[]> large;
+    float* const own = scratch_of(scratch, large);
 #pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < units; ++unit) f(unit, own.get());
+    for (int64_t unit = 0; unit < units; ++unit) f(unit, own);
   }
 }
 
@@ -425,9 +394,10 @@ void run_norm(const GroupNorm& op, int threads) {
   const Parameters parameters(op);
   const int64_t width = op.channels / op.groups, worth = op.samples * op.channels * op.positions / WORTH_A_THREAD;
   const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));
-  const int64_t together = op.channels_last ? groups_together(op, TYPE == Type::f32 ? 4 : 2, team) : 1;
+  const int64_t bytes = op.grad.data ? 3 * SIZE<TYPE> + 4 : 2 * SIZE<TYPE>;  // x, dy, dz, dx; x, y
+  const int64_t together = op.channels_last ? groups_together(op, SIZE<TYPE>, bytes, team) : 1;
   const int64_t parts = (op.groups + together - 1) / together;
-  const int64_t scratch = op.grad.data && TYPE != Type::f32 ? together * width * op.positions : 0;
+  const int64_t scratch = op.grad.data ? together * width * op.positions : 0;
   const bool more = op.residual.data;
   const auto last = !op.grad.data ? forward_last<TYPE, SILU>
                     : more        ? backward_last<TYPE, SILU, true>

@@ -54,14 +54,36 @@ inline Halves to_half(Floats v) {
 // ---- bfloat16, whose NaN have a lower half of zeros here --------------------------------------
 
 inline float from_brain(uint16_t h) { return from_bf16(h); }
-inline Floats from_brain(Halves h) { return bits_as<Floats>(__builtin_convertvector(h, Integers) << 16); }
 
+// In the upper half of each word.
 template <typename W>
 inline W rounded_brain(W bits) {
-  return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return bits + 0x7FFFu + ((bits >> 16) & 1u);
 }
-inline uint16_t to_brain(float v) { return uint16_t(rounded_brain(bits_as<uint32_t>(v))); }
-inline Halves to_brain(Floats v) { return __builtin_convertvector(rounded_brain(bits_as<Integers>(v)), Halves); }
+inline uint16_t to_brain(float v) { return uint16_t(rounded_brain(bits_as<uint32_t>(v)) >> 16); }
+
+#if defined(__x86_64__) && LEVEL_LANES == 8
+// Half k to the upper half of word k.
+inline Floats from_brain(Halves h) {
+  const __m512i to = _mm512_set_epi64(0x000F000F000E000E, 0x000D000D000C000C, 0x000B000B000A000A, 0x0009000900080008,
+                                      0x0007000700060006, 0x0005000500040004, 0x0003000300020002, 0x0001000100000000);
+  const __m512i halves = _mm512_castsi256_si512(reinterpret_cast<__m256i>(h));
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, to, halves));
+}
+
+// One more is added where the half is odd, and the upper halves move together.
+inline Halves to_brain(Floats v) {
+  const __m512i bits = _mm512_castps_si512(v), one = _mm512_set1_epi32(1), most = _mm512_set1_epi32(0x7FFF);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
+  const __m512i down = _mm512_add_epi32(bits, most), rounded = _mm512_mask_add_epi32(down, odd, down, one);
+  const __m512i to = _mm512_set_epi64(0, 0, 0, 0, 0x001F001D001B0019, 0x0017001500130011, 0x000F000D000B0009,
+                                      0x0007000500030001);
+  return reinterpret_cast<Halves>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(to, rounded)));
+}
+#else
+inline Floats from_brain(Halves h) { return bits_as<Floats>(__builtin_convertvector(h, Integers) << 16); }
+inline Halves to_brain(Floats v) { return __builtin_convertvector(rounded_brain(bits_as<Integers>(v)) >> 16, Halves); }
+#endif
 
 // ---- memory -----------------------------------------------------------------------------------
 
@@ -137,6 +159,20 @@ struct Fused<Floats> {
 #else
     for (int j = 0; j < WIDTH; ++j) c[j] = __builtin_fmaf(a[j], b[j], c[j]);
     return c;
+#endif
+  }
+};
+
+template <>
+struct Bounded<Floats> {
+  static FD_MEMBER Floats of(Floats a, float most) {
+#if defined(__x86_64__) && LEVEL_LANES == 8
+    return _mm512_max_ps(_mm512_min_ps(a, spread<Floats>(most)), spread<Floats>(-most));
+#elif defined(__x86_64__) && LEVEL_LANES == 4
+    return _mm256_max_ps(_mm256_min_ps(a, spread<Floats>(most)), spread<Floats>(-most));
+#else
+    for (int j = 0; j < WIDTH; ++j) a[j] = Bounded<float>::of(a[j], most);
+    return a;
 #endif
   }
 };

@@ -402,26 +402,26 @@ torch.library.register_autograd(
 )
 
 
-class _GroupNorm(torch.autograd.Function):
-    forward = staticmethod(_run_group_norm_silu)
-    setup_context = staticmethod(_save_norm)
-    backward = staticmethod(_group_norm_backward)
+def _eager(run: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """An op as eager autograd runs it, past the dispatcher.
+
+    Without a ``setup_context`` of its own, for which PyTorch would look up the signature at every call.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = run(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(run.__name__, (torch.autograd.Function,), methods)
 
 
-class _AddNoise(torch.autograd.Function):
-    """The op as eager autograd runs it, past the dispatcher."""
-
-    forward = staticmethod(_run_add_noise)
-    setup_context = staticmethod(_save)
-    backward = staticmethod(_add_noise_backward)
+def _save_loss_unseen(ctx: Any, *rest: Any) -> None:
+    _save_loss(ctx, *rest)
+    ctx.unseen = True  # but by saved-tensor hooks, the residual leaves this module as a gradient only
 
 
-class _DiffusionLoss(torch.autograd.Function):
-    forward = staticmethod(_run_diffusion_loss)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save_loss(ctx, inputs, output)
-        ctx.unseen = True  # but by saved-tensor hooks, the residual leaves this module as a gradient only
-
-    backward = staticmethod(_diffusion_loss_backward)
+_AddNoise = _eager(_run_add_noise, _save, _add_noise_backward)
+_DiffusionLoss = _eager(_run_diffusion_loss, _save_loss_unseen, _diffusion_loss_backward)
+_GroupNorm = _eager(_run_group_norm_silu, _save_norm, _group_norm_backward)
