@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastdiff.models.recompute import remade
 
 ONEDNN = torch.ops.mkldnn
 
@@ -24,16 +28,20 @@ class Layer(nn.Module):
         differentiated = x.requires_grad and torch.is_grad_enabled()
         if self.packed is not None and not differentiated and not torch.compiler.is_compiling():
             return self._packed(x, *self.packed, add)
-        y = self._plain(x, self.kernel().to(x.dtype), cast(Tensor, self.bias).to(x.dtype))
+        weight = cast(Tensor, self.weight)
+        kernel = self.kernel(weight, x.dtype)
+        with nullcontext() if kernel is weight else remade(kernel, partial(self.kernel, dtype=x.dtype), weight):
+            y = self._plain(x, kernel, cast(Tensor, self.bias).to(x.dtype))
         return y if add is None else y + add
 
-    def kernel(self) -> Tensor:
+    def kernel(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weights as they are multiplied with."""
-        return cast(Tensor, self.weight)
+        return weight.to(dtype)
 
     def pack(self, dtype: torch.dtype) -> None:
         """Hold the weights, as they are now, as oneDNN wants them for a dtype."""
-        self.packed = self._pack(self.kernel().detach().to(dtype)), cast(Tensor, self.bias).detach().to(dtype)
+        weight, bias = (cast(Tensor, parameter).detach() for parameter in (self.weight, self.bias))
+        self.packed = self._pack(self.kernel(weight, dtype)), bias.to(dtype)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise NotImplementedError
@@ -86,12 +94,12 @@ class Upsample(Layer, nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3)
 
-    def kernel(self) -> Tensor:
+    def kernel(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """``[in, out, 4, 4]``: the weights convolved with the 2x2 pixels that a pixel becomes, turned around."""
-        wide = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         rows = wide.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
         kernel = torch.einsum("ad,be,oide->ioab", rows, rows, wide)
-        return kernel.contiguous(memory_format=torch.channels_last)
+        return kernel.to(dtype, memory_format=torch.channels_last)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)

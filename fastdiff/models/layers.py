@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from fastdiff import ops
 from fastdiff.errors import check
 from fastdiff.models.convolution import Conv, Linear, Upsample
+from fastdiff.models.recompute import remade
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -78,6 +80,12 @@ class GroupNormSiLU(nn.Module):
             *(x, self.groups, self.weight, self.bias, self.eps), scale=scale, shift=shift, activation=self.activation
         )
 
+    def then(self, f: Callable[[Tensor], Tensor], x: Tensor, *condition: Tensor) -> Tensor:
+        """f(self(x, *condition)); the backward pass normalises again rather than keep what f takes."""
+        h = self(x, *condition)
+        with remade(h, self.forward, x, *condition):
+            return f(h)
+
 
 class ResBlock(nn.Module):
     """norm-SiLU-conv, time embedding, norm-SiLU-dropout-conv, and the skip (Ho et al. 2020; Dhariwal & Nichol 2021).
@@ -113,11 +121,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x ``[N, C, H, W]``, condition ``[N, condition]``."""
-        h = self.conv1(resample(self.norm1(x), min(self.resample, 0)))
-        x = resample(x, self.resample)
-        h = self.norm2(h, *condition.chunk(2, 1)) if self.scale_shift else self.norm2(h + condition[..., None, None])
-        out: Tensor = self.conv2(self.dropout(h), add=self.skip(x))
-        return out
+        h = self.norm1.then(lambda h: self.conv1(resample(h, min(self.resample, 0))), x)
+        x = self.skip(resample(x, self.resample))
+        normed = (h, *condition.chunk(2, 1)) if self.scale_shift else (h + condition[..., None, None],)
+        return self.norm2.then(lambda h: self.conv2(self.dropout(h), add=x), *normed)
 
 
 class Attention(nn.Module):

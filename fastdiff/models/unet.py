@@ -245,8 +245,7 @@ class UNet(nn.Module):
         h = _run(self.middle, h, conditions)
         for block in self.up:
             h = _run(block, torch.cat((h, skips.pop()), 1), conditions)
-        out: Tensor = self.conv_out(self.norm_out(h))
-        return out
+        return self.norm_out.then(self.conv_out, h)
 
     def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
         """``cond`` without its label: what classifier-free guidance compares with. An image condition stays."""
