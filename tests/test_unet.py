@@ -1,9 +1,12 @@
 """Proves the U-Net's fast path: precision decided once, weights prepared once, no layout changed, compiled whole."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -132,6 +135,23 @@ def test_the_prepared_network_is_for_inference():
     assert largest(torch.autograd.grad(fast(x, t).sum(), x)[0]) > 0, "guidance takes the gradient of the input"
 
 
+def test_a_prepared_network_is_prepared_once_and_copied_without_its_arrangement():
+    model, (x, t, _) = unet().prepared(), inputs(unet())
+    assert model.prepared() is model
+    want, diffusion = model(x, t), fd.Diffusion(fd.Schedule.linear(1000))
+    samples = [fd.Sampler(network, diffusion, steps=2)((2, 3, 16, 16), seed=0) for network in (model, unet())]
+    assert torch.equal(*samples)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.prepared(torch.float64)):
+        assert largest(copied(x.to(copied.emb.weight.dtype), t) - want) < 1e-5 * largest(want)
+    other = unet("ddpm", norm_eps=1e-5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    model.load_state_dict(other.state_dict())
+    assert largest(model(x, t) - other(x, t)) < 1e-5 * largest(want)
+    assert model.to(torch.float64)(x.double(), t).dtype == torch.float64
+
+
 def test_a_sampler_uses_the_weights_of_the_moment():
     model = unet()
     sampler = fd.Sampler(model, fd.Diffusion(fd.Schedule.linear()), steps=2)
@@ -140,6 +160,40 @@ def test_a_sampler_uses_the_weights_of_the_moment():
     with torch.no_grad():
         model.conv_out.bias.add_(1)
     assert largest(sampler((2, 3, 16, 16), seed=0) - before) > 1e-2
+
+
+# ---- a sampling run -------------------------------------------------------------------------
+
+
+def samples(network, count, dtype=torch.float32):
+    """Of so many seeds in 50 steps of DDIM."""
+    sampler = fd.Sampler(network, fd.Diffusion(fd.Schedule.linear(1000)), solver="ddim", steps=50, dtype=dtype)
+    return sampler((count, 3, 16, 16), seed=torch.arange(count))
+
+
+@in_bf16
+@pytest.mark.parametrize("count", [4, pytest.param(64, marks=pytest.mark.slow)])
+@configurations
+def test_after_fifty_steps_bfloat16_errs_no_more_than_pytorch_s(name, count):
+    model = unet(name, num_classes=None)
+    settings, state = model.to_diffusers()
+    theirs = UNet2DModel(**settings)
+    theirs.load_state_dict(state)
+    theirs.to(BF16, memory_format=LAST)
+    true = samples(copy.deepcopy(model).double(), count, torch.float64)
+    plain = samples(lambda x, t: theirs(x.to(BF16, memory_format=LAST), t).sample.to(x.dtype), count)
+    errors = [(got - true).flatten(1).norm(dim=1) for got in (samples(model.prepared(BF16), count), plain)]
+    assert (errors[0] <= 2 * errors[1]).all()
+    assert errors[0].mean() <= 1.2 * errors[1].mean()
+
+
+@configurations
+def test_after_fifty_steps_the_backends_agree(name):
+    model = unet(name, num_classes=None)
+    true = samples(copy.deepcopy(model).double(), 3, torch.float64)
+    for backend in ("reference", "native"):
+        with fd.backend(backend):
+            assert largest(samples(model, 3) - true) < 1e-4 * largest(true)
 
 
 # ---- layouts --------------------------------------------------------------------------------

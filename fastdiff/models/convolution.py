@@ -43,6 +43,17 @@ class Layer(nn.Module):
         weight, bias = (cast(Tensor, parameter).detach() for parameter in (self.weight, self.bias))
         self.packed = self._pack(self.kernel(weight, dtype)), bias.to(dtype)
 
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self.packed = None  # of another dtype or device
+        return super()._apply(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.packed = None  # of other weights
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None}  # what oneDNN holds is copied and saved by nobody
+
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise NotImplementedError
 

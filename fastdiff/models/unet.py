@@ -128,7 +128,7 @@ class UNet(nn.Module):
         told to: ``copy.refresh(unet)``.
         """
         dtype = dtype or self.emb.weight.dtype
-        if dtype == self.emb.weight.dtype and not self._arranges(dtype):
+        if dtype == self.emb.weight.dtype and (self.emb.packed or not self._arranges(dtype)):
             return self
         made = copy.deepcopy(self).to(dtype).eval().requires_grad_(False)
         made.refresh(self)
