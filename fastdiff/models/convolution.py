@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from fastdiff.models.recompute import remade
 
 ONEDNN = torch.ops.mkldnn
 
@@ -28,20 +24,16 @@ class Layer(nn.Module):
         differentiated = x.requires_grad and torch.is_grad_enabled()
         if self.packed is not None and not differentiated and not torch.compiler.is_compiling():
             return self._packed(x, *self.packed, add)
-        weight = cast(Tensor, self.weight)
-        kernel = self.kernel(weight, x.dtype)
-        with nullcontext() if kernel is weight else remade(kernel, partial(self.kernel, dtype=x.dtype), weight):
-            y = self._plain(x, kernel, cast(Tensor, self.bias).to(x.dtype))
+        y = self._plain(x, self.kernel().to(x.dtype), cast(Tensor, self.bias).to(x.dtype))
         return y if add is None else y + add
 
-    def kernel(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def kernel(self) -> Tensor:
         """The weights as they are multiplied with."""
-        return weight.to(dtype)
+        return cast(Tensor, self.weight)
 
     def pack(self, dtype: torch.dtype) -> None:
         """Hold the weights, as they are now, as oneDNN wants them for a dtype."""
-        weight, bias = (cast(Tensor, parameter).detach() for parameter in (self.weight, self.bias))
-        self.packed = self._pack(self.kernel(weight, dtype)), bias.to(dtype)
+        self.packed = self._pack(self.kernel().detach().to(dtype)), cast(Tensor, self.bias).detach().to(dtype)
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         self.packed = None  # of another dtype or device
@@ -105,12 +97,12 @@ class Upsample(Layer, nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3)
 
-    def kernel(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def kernel(self) -> Tensor:
         """``[in, out, 4, 4]``: the weights convolved with the 2x2 pixels that a pixel becomes, turned around."""
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         rows = wide.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
         kernel = torch.einsum("ad,be,oide->ioab", rows, rows, wide)
-        return kernel.to(dtype, memory_format=torch.channels_last)
+        return kernel.contiguous(memory_format=torch.channels_last)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
