@@ -52,6 +52,30 @@ def test_the_gradients_are_those_of_what_was_not_kept(settings, enabled):
         assert torch.equal(got, want)
 
 
+def doubled(model):
+    for module in model.modules():
+        if isinstance(module, GroupNormSiLU):
+            module.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return list(model.parameters()), lambda: run(model, True)
+
+
+def swapped(model):
+    others = {name: (p.detach() * 1.5 + 0.1).requires_grad_() for name, p in model.named_parameters()}
+    x, t = torch.randn((2, 3, 16, 16), generator=torch.Generator().manual_seed(1)), torch.arange(2)
+    return list(others.values()), lambda: torch.func.functional_call(model, others, (x, t))
+
+
+@pytest.mark.parametrize("change", [doubled, swapped])
+def test_what_is_made_again_is_what_was(change):
+    """Whatever hooks did to it, and with the parameters it was made of."""
+    parameters, forward = change(unet())
+    grads = torch.autograd.grad(forward().square().sum(), parameters)
+    with everything_is_kept():
+        out = forward()
+    for got, want in zip(grads, torch.autograd.grad(out.square().sum(), parameters), strict=True):
+        assert torch.equal(got, want)
+
+
 def live(function):
     """The bytes that PyTorch's allocator holds more at the end and at most, while ``function`` runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

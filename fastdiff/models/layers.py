@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module
 
 from fastdiff import ops
 from fastdiff.errors import check
@@ -76,15 +77,26 @@ class GroupNormSiLU(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        return ops.group_norm_silu(
-            *(x, self.groups, self.weight, self.bias, self.eps), scale=scale, shift=shift, activation=self.activation
-        )
+        return self._normed(x, self.weight, self.bias, scale, shift)
 
     def then(self, f: Callable[[Tensor], Tensor], x: Tensor, *condition: Tensor) -> Tensor:
         """f(self(x, *condition)); the backward pass normalises again rather than keep what f takes."""
         h = self(x, *condition)
-        with remade(h, self.forward, x, *condition):
+        if (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or module._global_forward_hooks
+            or module._global_forward_pre_hooks
+        ):  # h may be something else
             return f(h)
+        with remade(h, self._normed, x, self.weight, self.bias, *condition):
+            return f(h)
+
+    def _normed(
+        self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        rest = {"scale": scale, "shift": shift, "activation": self.activation}
+        return ops.group_norm_silu(x, self.groups, weight, bias, self.eps, **rest)  # type: ignore[call-overload,no-any-return]
 
 
 class ResBlock(nn.Module):

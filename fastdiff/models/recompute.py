@@ -21,14 +21,15 @@ def remade(value: Tensor, make: Callable[..., Tensor], *of: Tensor) -> Iterator[
     if not value.requires_grad or not torch.is_grad_enabled() or _decided():
         yield
         return
-    place, parts = _place(value), [part.detach() for part in of]
+    place, device, parts = _place(value), value.device.type, [part.detach() for part in of]
     versions = [part._version for part in parts]
 
     @torch.no_grad()
     def again() -> Tensor:
         if [part._version for part in parts] != versions:
             raise RuntimeError("what the gradient is computed from was changed in place after the forward pass")
-        return make(*parts)
+        with torch.autocast(device, enabled=False):
+            return make(*parts)
 
     def keep(kept: Tensor) -> Any:
         return again if _place(kept) == place else kept
