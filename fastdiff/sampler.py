@@ -72,7 +72,8 @@ class Sampler:
         check(isinstance(diffusion, Diffusion), f"diffusion must be a Diffusion, got {type(diffusion).__name__}")
         check(dtype in (torch.float32, torch.float64), f"dtype must be float32 or float64, got {dtype}")
         self.model, self.diffusion, self.dtype = model, diffusion, dtype
-        self._network: Any = model.prepared() if hasattr(model, "prepared") else model
+        prepared = getattr(type(model), "prepared", None)  # of the model itself, not of what a wrapper passes on
+        self._network: Any = prepared(model) if prepared else model
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = torch.device(device or ("cpu" if parameter is None else parameter.device))
         # The network gets its input in its own precision, the state keeps its own.

@@ -152,6 +152,29 @@ def test_a_prepared_network_is_prepared_once_and_copied_without_its_arrangement(
     assert model.to(torch.float64)(x.double(), t).dtype == torch.float64
 
 
+@in_bf16
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_prepared_network_runs_in_another_precision_and_has_derivatives():
+    model = unet(attention_resolutions=(), middle_attention=False)
+    x, t, _ = inputs(model)
+    with torch.autocast("cpu", BF16):
+        assert torch.equal(model.prepared()(x, t), model(x, t))
+    slopes = [torch.func.jvp(lambda x, m=m: m(x, t), (x,), (x,))[1] for m in (model, model.prepared())]
+    assert largest(slopes[0] - slopes[1]) < 1e-5 * largest(slopes[0])
+
+
+def test_a_compiled_network_is_sampled_as_it_is():
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph
+
+    compiled = torch.compile(unet(), backend=backend)
+    fd.Sampler(compiled, fd.Diffusion(fd.Schedule.linear(1000)), steps=2)((2, 3, 16, 16), seed=0)
+    assert calls
+
+
 def test_a_sampler_uses_the_weights_of_the_moment():
     model = unet()
     sampler = fd.Sampler(model, fd.Diffusion(fd.Schedule.linear()), steps=2)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdiff.ops import library
+
 ONEDNN = torch.ops.mkldnn
 
 
@@ -21,11 +23,14 @@ class Layer(nn.Module):
     packed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        differentiated = x.requires_grad and torch.is_grad_enabled()
-        if self.packed is not None and not differentiated and not torch.compiler.is_compiling():
+        if self.packed is not None and x.dtype == self.packed[1].dtype and not self._followed(x, add):
             return self._packed(x, *self.packed, add)
         y = self._plain(x, self.kernel().to(x.dtype), cast(Tensor, self.bias).to(x.dtype))
         return y if add is None else y + add
+
+    def _followed(self, *values: Tensor | None) -> bool:
+        """Whether PyTorch has to see the operations: what oneDNN does has no derivatives."""
+        return library.traced(*values, self.weight, self.bias) or library.watched()
 
     def kernel(self) -> Tensor:
         """The weights as they are multiplied with."""

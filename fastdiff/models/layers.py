@@ -82,12 +82,7 @@ class GroupNormSiLU(nn.Module):
     def then(self, f: Callable[[Tensor], Tensor], x: Tensor, *condition: Tensor) -> Tensor:
         """f(self(x, *condition)); the backward pass normalises again rather than keep what f takes."""
         h = self(x, *condition)
-        if (
-            self._forward_hooks
-            or self._forward_pre_hooks
-            or module._global_forward_hooks
-            or module._global_forward_pre_hooks
-        ):  # h may be something else
+        if _hooked(self):  # h may be something else
             return f(h)
         with remade(h, self._normed, x, self.weight, self.bias, *condition):
             return f(h)
@@ -95,8 +90,14 @@ class GroupNormSiLU(nn.Module):
     def _normed(
         self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
-        rest = {"scale": scale, "shift": shift, "activation": self.activation}
-        return ops.group_norm_silu(x, self.groups, weight, bias, self.eps, **rest)  # type: ignore[call-overload,no-any-return]
+        return ops.group_norm_silu(
+            *(x, self.groups, weight, bias, self.eps), scale=scale, shift=shift, activation=self.activation
+        )
+
+
+def _hooked(layer: nn.Module) -> bool:
+    own = layer._forward_hooks or layer._forward_pre_hooks
+    return bool(own or module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
 class ResBlock(nn.Module):
