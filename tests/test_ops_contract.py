@@ -117,6 +117,12 @@ def freed(place=0):
     return x
 
 
+def freed_like(x):
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
 def nested():
     with warnings.catch_warnings(action="ignore"):
         return torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)])
@@ -160,8 +166,10 @@ ARGUMENTS = {
     "affine: uncond": lambda v: fd.ops.affine_step(X, X, TABLE, 0, uncond=v),
     "posterior: output": lambda v: fd.ops.posterior_step(X, v, *VP, noise=X),
     "ddim: x": lambda v: fd.ops.ddim_step(v, X, *VP),
+    "norm: x": lambda v: fd.ops.group_norm_silu(v, 1),
+    "norm: residual": lambda v: fd.ops.group_norm_silu(X, 3, residual=v),
 }
-FREE = ("add_noise: x0", "loss: x0", "guide: cond", "affine: x", "ddim: x")  # of any shape
+FREE = ("add_noise: x0", "loss: x0", "guide: cond", "affine: x", "ddim: x", "norm: x")  # of any shape
 
 BAD = {
     "add_noise: list": (lambda: fd.ops.add_noise([1.0], 1, 1, X), "x0"),
@@ -241,6 +249,20 @@ BAD = {
     "norm: residual shape": (lambda: fd.ops.group_norm_silu(X, 3, residual=X[:, :2]), "residual"),
     "norm: residual dtype": (lambda: fd.ops.group_norm_silu(X, 3, residual=X.double()), "residual"),
     "norm: integer weight": (lambda: fd.ops.group_norm_silu(X, 3, torch.ones(3, dtype=int)), "weight"),
+    "norm: uneven groups": (lambda: fd.ops.group_norm_silu(X, 1.5), "groups must be a whole number"),
+    "norm: word for groups": (lambda: fd.ops.group_norm_silu(X, "3"), "groups must be a whole number"),
+    **{
+        f"norm: {name} {kind}": (partial(fd.ops.group_norm_silu, X, 3, **{name: value}), rf"^{name} .*{said}")
+        for name, plain in (("weight", torch.ones(3)), ("bias", torch.ones(3)), ("scale", torch.ones(2, 3)))
+        for kind, value, said in (
+            ("list", plain.tolist(), "list"),
+            ("sparse", plain.to_sparse(), "dense"),
+            ("freed", freed_like(plain), "freed"),
+            ("meta", plain.to("meta"), "on meta"),
+            ("complex", plain + 0j, "complex64"),
+            ("float8", plain.to(torch.float8_e5m2), "float8"),
+        )
+    },
     "norm: activation": (lambda: fd.ops.group_norm_silu(X, 3, activation="gelu"), "activation"),
     "affine: integer table": (lambda: fd.ops.affine_step(X, X, TABLE.long(), 0), "table"),
     "affine: no rows": (lambda: fd.ops.affine_step(X, X, TABLE[:0], 0), "table"),

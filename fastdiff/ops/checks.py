@@ -57,6 +57,17 @@ def check_same(name: str, y: object, x: Tensor) -> None:
         raise InputError(f"{name} must be on {x.device}, got {y.device}")
 
 
+def check_channels(name: str, value: object, shape: tuple[int, ...], x: Tensor) -> None:
+    """Floating-point numbers of channels, or of channels of each sample."""
+    if not isinstance(value, Tensor) or value.is_nested or value.layout is not torch.strided:
+        raise InputError(f"{name} must be a dense tensor {list(shape)}, got {type(value).__name__}")
+    if value.shape != shape or value.device != x.device or value.dtype not in FLOATS:
+        given = f"{list(value.shape)}, {value.dtype}, on {value.device}"
+        raise InputError(f"{name} must be {list(shape)}, floating-point, on {x.device}, got {given}")
+    if _is_freed(value):
+        raise InputError(f"{name} is a freed tensor and holds no values")
+
+
 def check_per_sample(name: str, value: object, x: Tensor) -> None:
     if not isinstance(value, Tensor) or value.is_nested or value.layout is not torch.strided:
         raise InputError(f"{name} must be a tensor with one number per sample, got {type(value).__name__}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdiff.backends import body
 from fastdiff.errors import InputError, check, choose
 from fastdiff.ops import library, reference
-from fastdiff.ops.checks import check_floating, check_same
+from fastdiff.ops.checks import check_channels, check_floating, check_same
 from fastdiff.ops.layout import empty_like
 
 
@@ -106,6 +106,7 @@ def _check(
     check_floating("x", x)
     choose("activation", activation, ("silu", "none"))
     n, channels = x.shape[:2]
+    check(hasattr(groups, "__index__"), f"groups must be a whole number, got {groups!r}")
     check(groups > 0 and channels % groups == 0, f"{channels} channels cannot be split into {groups} groups")
     for name, value, shape in (
         ("weight", weight, (channels,)),
@@ -113,8 +114,8 @@ def _check(
         ("scale", scale, (n, channels)),
         ("shift", shift, (n, channels)),
     ):
-        if value is not None and (value.shape != shape or value.device != x.device or not value.is_floating_point()):
-            raise InputError(f"{name} must be {list(shape)}, floating-point, on {x.device}, got {list(value.shape)}")
+        if value is not None:
+            check_channels(name, value, shape, x)
     if residual is not None:
         check_same("residual", residual, x)
         if residual.dtype != x.dtype:
