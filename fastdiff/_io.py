@@ -1,4 +1,4 @@
-"""Every write to disk goes through here: synced, atomic, and in one place for tests to break."""
+"""Every write to disk goes through here: synced, atomic, and in one place for tests to break; and what people write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastdiff.errors import check
+from fastdiff.errors import InputError, check
 
 
 def write(path: Path, content: bytes) -> None:
@@ -86,6 +86,20 @@ def append(path: Path, content: bytes) -> None:
 
 def replace_json(path: Path, value: Any) -> None:
     replace(path, to_json(value))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that somebody else may have written.
+
+    Raises:
+        InputError: no such file, no JSON, something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    check(isinstance(value, dict), f"{path} must hold an object, got {type(value).__name__}")
+    return dict(value)
 
 
 def to_json(value: Any) -> bytes:

@@ -175,6 +175,53 @@ def test_a_compiled_network_is_sampled_as_it_is():
     assert calls
 
 
+def test_refreshing_needs_the_same_configuration_and_changes_nothing_else():
+    model, other = unet().prepared(torch.float64), unet(num_classes=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for given, said in ((other, "label.weight"), (unet(model_channels=16), "differs in"), (nn.Linear(2, 2), "Linear")):
+        with pytest.raises(fd.InputError, match=said):
+            model.refresh(given)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_refreshing_takes_buffers_too():
+    model = unet()
+    nn.utils.parametrizations.spectral_norm(model.conv_out)
+    fast, (x, t, _) = model.prepared(), inputs(model)
+    model.train()
+    for _ in range(3):  # each call is a step of the power iteration
+        model(x, t)
+    model.eval()
+    fast.refresh(model)
+    assert largest(fast(x, t) - model(x, t)) < 1e-5
+
+
+def test_it_is_prepared_under_inference_mode():
+    model = unet()
+    x, t, _ = inputs(model)
+    diffusion = fd.Diffusion(fd.Schedule.linear(1000))
+    with torch.inference_mode():
+        fast, sampler = model.prepared(), fd.Sampler(model, diffusion, steps=2)
+        within = sampler((2, 3, 16, 16), seed=0)
+    assert largest(fast(x, t) - model(x, t)) < 1e-5
+    assert torch.equal(sampler((2, 3, 16, 16), seed=0), within)
+    fast.refresh(model)
+    assert fast.prepared(torch.float64)(x.double(), t).dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_torch_func_maps_it_over_a_batch_of_batches():
+    model = unet(num_classes=3)
+    x, t, cond = inputs(model)
+    y = cond["y"]
+    xs = torch.stack((x, 2 * x, x.flip(0)))
+    mapped = torch.func.vmap(lambda x: model(x, t, y))(xs)
+    assert largest(mapped - torch.stack([model(x, t, y) for x in xs])) < 1e-5
+    slopes = torch.func.vmap(torch.func.grad(lambda x: model(x, t, y).square().sum()))(xs)
+    want = torch.stack([torch.func.grad(lambda x: model(x, t, y).square().sum())(x) for x in xs])
+    assert largest(slopes - want) < 1e-4 * largest(want)
+
+
 def test_a_sampler_uses_the_weights_of_the_moment():
     model = unet()
     sampler = fd.Sampler(model, fd.Diffusion(fd.Schedule.linear()), steps=2)

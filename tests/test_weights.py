@@ -755,6 +755,27 @@ def test_files_that_cannot_be_read(tmp_path):
     torch.save({"model": state, "step": 3}, tmp_path / "nested.pt")
     refused(lambda: fd.UNet.from_guided_diffusion(tmp_path / "nested.pt", settings), "'model' is dict", "'step' is int")
     refused(lambda: fd.UNet.from_guided_diffusion(state, tmp_path / "no.json"), "no.json cannot be read as JSON")
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
+    refused(lambda: fd.UNet.from_guided_diffusion(state, tmp_path / "deep.json"), "deep.json cannot be read as JSON")
+    torch.save({**state, 3: torch.ones(1)}, tmp_path / "numbered.pt")
+    refused(lambda: fd.UNet.from_guided_diffusion(tmp_path / "numbered.pt", settings), "3 is Tensor")
+
+
+def test_what_has_no_values_is_refused():
+    unet = own()
+    settings, state = unet.to_guided_diffusion()
+    name = "out.2.weight"
+    for tensor in (state[name].to("meta"), state[name].to_sparse()):
+        refused(lambda tensor=tensor: fd.UNet.from_guided_diffusion({**state, name: tensor}, settings), name, "values")
+    with torch.device("meta"):
+        hollow = own()
+    refused(hollow.to_diffusers, "meta")
+    refused(hollow.to_guided_diffusion, "meta")
+    refused(lambda: fd.UNet.from_diffusers(Live(unet.to_diffusers()[0], hollow.state_dict())), "missing")
+    refused(lambda: fd.UNet.from_diffusers(Live(None)), "has no configuration")
+    refused(lambda: fd.UNet.from_diffusers(Live(unet.to_diffusers()[0], {"a": 3})), "'a' is int")
+    huge = {**unet.to_diffusers()[0], "block_out_channels": [2**40, 2**40]}
+    refused(lambda: fd.UNet.from_diffusers(Live(huge)), "no network can be that large")
 
 
 def test_networks_that_no_peer_has():

@@ -15,7 +15,6 @@ from fastdiff.diffusion import Diffusion
 from fastdiff.errors import check, choose
 from fastdiff.models import UNet
 from fastdiff.models.diffusers import CONFIG, PIPELINE, WEIGHTS
-from fastdiff.models.weights import read_json
 from fastdiff.ops.row import PREDICTIONS
 from fastdiff.schedule import Schedule
 from fastdiff.training.checkpoint import FOLDER, MANIFEST
@@ -103,7 +102,7 @@ def _of_options(schedule: str | None, timesteps: int | None, prediction: str | N
 
 def _of_scheduler(path: Path) -> dict[str, Any]:
     """What a scheduler of diffusers says; nothing if it is one without betas."""
-    given = read_json(path)
+    given = _io.read_json(path)
     betas, kind = given.get("trained_betas"), given.get("beta_schedule")
     if betas is None and kind not in list(SCHEDULES):
         return {}
@@ -124,7 +123,7 @@ def _of_betas(name: str, given: dict[str, Any]) -> Schedule:
 
 def _of_flags(path: Path | None) -> dict[str, Any]:
     """What flags of guided-diffusion's scripts say, if they name a schedule. Loading the network has checked them."""
-    flags = {} if path is None else read_json(path)
+    flags = {} if path is None else _io.read_json(path)
     if "noise_schedule" not in flags:
         return {}
     steps, name = flags.get("diffusion_steps", 1000), flags["noise_schedule"]

@@ -21,7 +21,19 @@ from fastdiff.errors import check
 from fastdiff.models import weights
 from fastdiff.models.convolution import Downsample, Upsample
 from fastdiff.models.layers import Attention, ResBlock
-from fastdiff.models.weights import Entry, anything, exactly, is_whole, number, several, whole
+from fastdiff.models.settings import (
+    Check,
+    Setting,
+    anything,
+    exactly,
+    is_whole,
+    number,
+    refuse,
+    settled,
+    several,
+    whole,
+)
+from fastdiff.models.weights import UNFIT, Entry
 
 if TYPE_CHECKING:
     from fastdiff.models.unet import UNet
@@ -37,7 +49,7 @@ UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 # ---- settings ---------------------------------------------------------------------------------
 
 
-def _types(names: tuple[str, ...], default: tuple[int, ...]) -> weights.Setting:
+def _types(names: tuple[str, ...], default: tuple[int, ...]) -> Setting:
     return several([names[i] for i in default], lambda name: _plain(name) in names, f"of {', '.join(names)}")
 
 
@@ -51,8 +63,8 @@ def _is_size(value: Any) -> bool:
     return value is None or (0 < len(sizes) <= 2 and all(map(is_whole, sizes)))
 
 
-SETTINGS: dict[str, weights.Setting] = {
-    "sample_size": weights.Setting(None, _is_size, "a whole number, two of them, or None"),
+SETTINGS: dict[str, Setting] = {
+    "sample_size": Setting(None, _is_size, "a whole number, two of them, or None"),
     "in_channels": whole(3),
     "out_channels": whole(3),
     "center_input_sample": exactly(False),
@@ -130,7 +142,7 @@ def _middle_norm(values: dict[str, Any]) -> list[str]:
     return [] if fits else [f"attn_norm_num_groups={given} must be None or norm_num_groups={groups}"]
 
 
-CHECKS: tuple[weights.Check, ...] = (
+CHECKS: tuple[Check, ...] = (
     (TYPES, _levels),
     (("down_block_types", "up_block_types", "downsample_type", "upsample_type"), _one_change),
     ((*TYPES[:2], "norm_num_groups", "attention_head_dim", "add_attention"), _widths),
@@ -176,7 +188,7 @@ def config(unet: UNet, flip_sin_to_cos: bool) -> dict[str, Any]:
         InputError: every setting of ``unet`` that it does not have.
     """
     ours = unet.config
-    weights.refuse(f"this UNet is no {NAME}", _not_theirs(unet))
+    refuse(f"this UNet is no {NAME}", _not_theirs(unet))
     attention = [
         unet.config["image_size"] >> level in ours["attention_resolutions"] for level in range(len(unet.widths))
     ]
@@ -314,15 +326,19 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def load(build: Callable[..., UNet], source: object, subfolder: str | None) -> UNet:
     """See :meth:`UNet.from_diffusers`."""
-    if hasattr(source, "config") and hasattr(source, "state_dict"):
-        what, given, state = f"this {type(source).__name__}", dict(source.config), source.state_dict()
+    live = getattr(source, "state_dict", None)
+    if callable(live):
+        what = f"this {type(source).__name__}"
+        given, state = getattr(source, "config", None), weights.state_dict(live(), what)
+        check(isinstance(given, Mapping), f"{what} has no configuration: it must be a {NAME} of diffusers")
+        assert isinstance(given, Mapping)
     else:
         folder = _folder(weights.as_path(source), subfolder)
-        what, given = str(folder), weights.read_json(folder / CONFIG)
+        what, given = str(folder), _io.read_json(folder / CONFIG)
         state = None
     kind = given.get("_class_name", NAME)
     check(kind == NAME, f"{what} is of class {kind}: only {NAME} can be loaded")
-    values = weights.settled(what, given, SETTINGS, CHECKS)
+    values = settled(f"{what} {UNFIT}", given, SETTINGS, CHECKS)
     unet = weights.empty(build, arguments(values))
     state = _read(Path(what)) if state is None else state
     return weights.filled(unet, table(unet, values["flip_sin_to_cos"]), _renamed(state), what)
@@ -348,7 +364,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    places = weights.read_json(index).get("weight_map")
+    places = _io.read_json(index).get("weight_map")
     plain = isinstance(places, dict) and all(isinstance(f, str) and Path(f).name == f for f in places.values())
     check(plain, f"{index} must have a weight_map of tensors' names to names of files beside it")
     assert isinstance(places, dict)

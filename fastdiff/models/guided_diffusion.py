@@ -13,10 +13,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff import _io
 from fastdiff.models import weights
 from fastdiff.models.convolution import Downsample, Upsample
 from fastdiff.models.layers import Attention, ResBlock
-from fastdiff.models.weights import Entry, anything, exactly, is_number, is_whole, number, several, whole
+from fastdiff.models.settings import (
+    Check,
+    Setting,
+    anything,
+    exactly,
+    is_number,
+    is_whole,
+    number,
+    refuse,
+    settled,
+    several,
+    whole,
+)
+from fastdiff.models.weights import UNFIT, Entry
 
 if TYPE_CHECKING:
     from fastdiff.models.unet import UNet
@@ -37,7 +51,7 @@ _HEADS = {
     "use_new_attention_order": _EITHER,
     "dropout": number(0.0),
 }
-ARGUMENTS: dict[str, weights.Setting] = {
+ARGUMENTS: dict[str, Setting] = {
     "image_size": whole(),
     "in_channels": whole(),
     "model_channels": whole(),
@@ -60,15 +74,15 @@ DIFFUSION = {
     "rescale_timesteps": _EITHER,
     **{key: anything() for key in ("timestep_respacing", "use_kl", "rescale_learned_sigmas")},
 }
-FLAGS: dict[str, weights.Setting] = {
+FLAGS: dict[str, Setting] = {
     "image_size": whole(64),
     "large_size": whole(or_value=(None,)),
     "small_size": whole(or_value=(None,)),
     "num_channels": whole(128),
     "num_res_blocks": whole(2),
     "num_heads": whole(4),
-    "attention_resolutions": weights.Setting("16,8", lambda v: bool(_numbers(v)), 'pixels such as "32,16,8"'),
-    "channel_mult": weights.Setting("", lambda v: v == "" or bool(_numbers(v)), 'factors such as "1,2,4", or ""'),
+    "attention_resolutions": Setting("16,8", lambda v: bool(_numbers(v)), 'pixels such as "32,16,8"'),
+    "channel_mult": Setting("", lambda v: v == "" or bool(_numbers(v)), 'factors such as "1,2,4", or ""'),
     "class_cond": _EITHER,
     "use_scale_shift_norm": exactly(True, False),
     **_HEADS,
@@ -117,8 +131,8 @@ def _multiples(flags: dict[str, Any]) -> dict[int, tuple[float, ...]]:
     return MULTIPLES_UPSAMPLING if flags["large_size"] else MULTIPLES
 
 
-CHECKS: tuple[weights.Check, ...] = ((("num_heads", "num_heads_upsample", "num_head_channels"), _same_heads),)
-FLAG_CHECKS: tuple[weights.Check, ...] = (*CHECKS, (("large_size", "image_size", "channel_mult"), _known_size))
+CHECKS: tuple[Check, ...] = ((("num_heads", "num_heads_upsample", "num_head_channels"), _same_heads),)
+FLAG_CHECKS: tuple[Check, ...] = (*CHECKS, (("large_size", "image_size", "channel_mult"), _known_size))
 
 
 def constructor(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,8 +142,8 @@ def constructor(config: Mapping[str, Any]) -> dict[str, Any]:
         InputError: every setting that does not fit.
     """
     if "model_channels" in config:
-        return weights.settled("the configuration (arguments of UNetModel)", config, ARGUMENTS, CHECKS)
-    flags = weights.settled("the configuration (flags of guided-diffusion)", config, FLAGS, FLAG_CHECKS)
+        return settled(f"the configuration (arguments of UNetModel) {UNFIT}", config, ARGUMENTS, CHECKS)
+    flags = settled(f"the configuration (flags of guided-diffusion) {UNFIT}", config, FLAGS, FLAG_CHECKS)
     size = flags["large_size"] or flags["image_size"]
     return {
         **{key: flags[key] for key in ARGUMENTS if key in flags},
@@ -188,7 +202,7 @@ def config(unet: UNet, new_attention_order: bool) -> dict[str, Any]:
         InputError: every setting of ``unet`` that it does not have.
     """
     ours = unet.config
-    weights.refuse("this UNet is no UNetModel of guided-diffusion", _not_theirs(unet))
+    refuse("this UNet is no UNetModel of guided-diffusion", _not_theirs(unet))
     image, condition = unet.in_channels, unet.condition_channels
     return {
         "image_size": ours["image_size"],
@@ -290,7 +304,7 @@ def _convolution(entry: Entry) -> Entry:
 
 def load(build: Callable[..., UNet], source: object, config: object) -> UNet:
     """See :meth:`UNet.from_guided_diffusion`."""
-    given = config if isinstance(config, Mapping) else weights.read_json(weights.as_path(config))
+    given = config if isinstance(config, Mapping) else _io.read_json(weights.as_path(config))
     values = constructor(given)
     if isinstance(source, Mapping):
         what, state = "the state dict", weights.state_dict(source, "the state dict")

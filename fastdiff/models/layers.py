@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from fastdiff import ops
 from fastdiff.errors import check
 from fastdiff.models.convolution import Conv, Linear, Upsample
 from fastdiff.models.recompute import remade
+from fastdiff.ops import library
+from fastdiff.ops.checks import check_per_sample
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,8 +56,8 @@ class LabelEmbedding(nn.Embedding):
     def forward(self, y: Tensor | None) -> Tensor:
         check(y is not None, f"this model is class-conditional: pass y, labels 0...{self.classes - 1}")
         assert y is not None
-        check(y.dtype == torch.int64 and y.ndim == 1, f"y must be int64 [N], got {y.dtype} {list(y.shape)}")
-        if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+        check(y.dtype == torch.int64, f"y must be int64 [N], got {y.dtype}")
+        if y.device.type == "cpu" and y.numel() and not (torch.compiler.is_compiling() or library.watched()):
             low, high = int(y.min()), int(y.max())
             none = f" ({self.classes} = none)" if self.num_embeddings > self.classes else ""
             fits = low >= 0 and high < self.num_embeddings
@@ -65,6 +67,29 @@ class LabelEmbedding(nn.Embedding):
     def null(self, y: Tensor) -> Tensor:
         check(self.num_embeddings > self.classes, "this model has no null label: it was trained with labels only")
         return torch.full_like(y, self.classes)
+
+
+class Conditional(nn.Module):
+    """A network conditional on the time and, with ``label``, on a class."""
+
+    time: TimeEmbedding
+    label: LabelEmbedding | None
+
+    def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
+        """``cond`` without its label: what classifier-free guidance compares with. What else there is stays."""
+        check(self.label is not None and "y" in cond, "classifier-free guidance needs a class-conditional model and y")
+        assert self.label is not None
+        return {**cond, "y": self.label.null(cond["y"])}
+
+    def _check_conditions(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+        check_per_sample("t", t, x)
+        check(y is None or self.label is not None, "this model takes no labels (num_classes=None)")
+        if y is not None:
+            check_per_sample("y", y, x)
+
+    def _embedding(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+        emb: Tensor = self.time(t, dtype)
+        return emb if self.label is None else emb + self.label(y).to(dtype)
 
 
 class GroupNormSiLU(nn.Module):

@@ -9,10 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.errors import check
-from fastdiff.models.layers import LabelEmbedding, TimeEmbedding, zero_init
+from fastdiff.models.layers import Conditional, LabelEmbedding, TimeEmbedding, zero_init
+from fastdiff.models.settings import Setting, exactly, settled, whole
+from fastdiff.ops.checks import check_floating
+
+SETTINGS: dict[str, Setting] = {
+    "dim": whole(),
+    "width": whole(least=2),
+    "depth": whole(),
+    "frequencies": whole(least=0),
+    "num_classes": whole(or_value=(None,)),
+    "learned_variance": exactly(True, False),
+}
 
 
-class MLP(nn.Module):
+class MLP(Conditional):
     """Noise-conditional MLP: ``mlp(x, t, y=None)``, ``[N, dim]`` to ``[N, dim]``.
 
     Args:
@@ -36,21 +47,10 @@ class MLP(nn.Module):
         num_classes: int | None = None,
         learned_variance: bool = False,
     ) -> None:
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config: dict[str, Any] = {
-            "dim": dim,
-            "width": width,
-            "depth": depth,
-            "frequencies": frequencies,
-            "num_classes": num_classes,
-            "learned_variance": learned_variance,
-        }
-        check(
-            dim >= 1 and width >= 2 and depth >= 1,
-            f"dim, width and depth must be positive, got {dim}, {width}, {depth}",
-        )
-        check(frequencies >= 0, f"frequencies must not be negative, got {frequencies}")
-        check((num_classes or 0) >= 0, f"num_classes must not be negative, got {num_classes}")
+        settled("this configuration does not fit fastdiff.MLP", config, SETTINGS)
+        self.config: dict[str, Any] = config
         self.dim = dim
         self.time = TimeEmbedding(width, width)
         self.label = LabelEmbedding(num_classes, width) if num_classes is not None else None
@@ -61,14 +61,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x ``[N, dim]``, t ``[N]``, y int64 ``[N]``."""
+        check_floating("x", x)
         check(x.ndim == 2 and x.shape[1] == self.dim, f"x must be [N, {self.dim}], got {list(x.shape)}")
-        check(t.shape == x.shape[:1], f"t must hold one time per sample ({len(x)}), got {list(t.shape)}")
-        check(y is None or self.label is not None, "this model takes no labels (num_classes=None)")
-        check(y is None or len(y) == len(x), f"y must hold one label per sample ({len(x)})")
-        emb = self.time(t, self.into.weight.dtype)
-        if self.label is not None:
-            emb = emb + self.label(y)
-        emb = F.silu(emb)
+        self._check_conditions(x, t, y)
+        emb = F.silu(self._embedding(t, y, self.into.weight.dtype))
         h = self.into(self._features(x))
         for block in self.blocks:
             h = block(h, emb)
@@ -79,12 +75,6 @@ class MLP(nn.Module):
         """x, and sin and cos of 2^k x: a plain MLP would see only the coarse shape of the data."""
         angles = [x * 2.0**k for k in range(self.frequencies)]
         return torch.cat([x, *(a.sin() for a in angles), *(a.cos() for a in angles)], 1)
-
-    def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
-        """``cond`` with its label dropped."""
-        check(self.label is not None and "y" in cond, "classifier-free guidance needs a class-conditional model and y")
-        assert self.label is not None
-        return {**cond, "y": self.label.null(cond["y"])}
 
 
 class _Block(nn.Module):

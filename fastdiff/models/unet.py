@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastdiff.models import diffusers, guided_diffusion, weights
 from fastdiff.models.convolution import Conv, Downsample, Layer, Linear, Upsample, packs
 from fastdiff.models.layers import (
     Attention,
+    Conditional,
     GroupNormSiLU,
     LabelEmbedding,
     Resample,
@@ -22,9 +24,67 @@ from fastdiff.models.layers import (
     TimeEmbedding,
     zero_init,
 )
+from fastdiff.models.settings import Check, Setting, exactly, is_number, is_whole, number, settled, several, whole
+from fastdiff.ops.checks import check_floating
+from fastdiff.ops.layout import channels_last, format_of
+
+_EITHER, _MAYBE = exactly(True, False), whole(or_value=(None,))
+SETTINGS: dict[str, Setting] = {
+    "image_size": whole(),
+    "in_channels": whole(),
+    "out_channels": _MAYBE,
+    "model_channels": whole(least=2),
+    "channel_mult": several(None, lambda value: is_number(value) and 0 < value < math.inf, "positive numbers"),
+    "num_res_blocks": whole(),
+    "attention_resolutions": several(None, is_whole, "resolutions of levels in pixels"),
+    "num_heads": whole(),
+    "num_head_channels": _MAYBE,
+    "norm_groups": whole(),
+    "norm_eps": number(),
+    "dropout": number(below=1),
+    "scale_shift": _EITHER,
+    "resblock_updown": _EITHER,
+    "conv_resample": _EITHER,
+    "downsample_padding": exactly(1, 0),
+    "num_classes": _MAYBE,
+    "null_label": _EITHER,
+    "learned_variance": _EITHER,
+    "condition_channels": whole(least=0),
+    "embedding_channels": _MAYBE,
+    "frequency_shift": exactly(0, 1),
+    "middle_attention": _EITHER,
+    "middle_attention_norm": _EITHER,
+}
 
 
-class UNet(nn.Module):
+def _frequencies(config: dict[str, Any]) -> list[str]:
+    channels, least = config["model_channels"], 2 + 2 * config["frequency_shift"]
+    return [] if channels >= least else [f"model_channels must be at least {least}, to be sines and cosines"]
+
+
+def _levels(config: dict[str, Any]) -> list[str]:
+    mult, channels, size = config["channel_mult"], config["model_channels"], config["image_size"]
+    widths = [multiple * channels for multiple in mult]
+    if not mult or any(round(width) < 1 or abs(width - round(width)) >= 1e-6 for width in widths):
+        return [f"channel_mult must name at least one level, each a whole number of channels, got {mult}"]
+    halvings = len(mult) - 1
+    return [f"image_size {size} cannot be halved {halvings} times (channel_mult)"] if size % 2**halvings else []
+
+
+def _attended(config: dict[str, Any]) -> list[str]:
+    sizes = [config["image_size"] >> level for level in range(len(config["channel_mult"]))]
+    unknown = sorted(set(config["attention_resolutions"]) - set(sizes))
+    return [f"attention_resolutions {unknown} do not occur: the levels are {sizes}"] if unknown else []
+
+
+CHECKS: tuple[Check, ...] = (
+    (("frequency_shift", "model_channels"), _frequencies),
+    (("channel_mult", "model_channels", "image_size"), _levels),
+    (("channel_mult", "attention_resolutions", "image_size"), _attended),
+)
+
+
+class UNet(Conditional):
     """Noise-conditional U-Net: ``unet(x, t, y=None, condition=None)``, ``[N, C, H, W]`` to ``[N, out, H, W]``.
 
     It computes in the precision of its parameters, or in autocast's; what it returns has the dtype and memory format of
@@ -92,7 +152,8 @@ class UNet(nn.Module):
     ) -> None:
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config: dict[str, Any] = {k: list(v) if isinstance(v, Sequence) else v for k, v in config.items()}
+        settled("this configuration does not fit fastdiff.UNet", config, SETTINGS, CHECKS)
+        self.config: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
         parts = _Parts(self.config)
         emb = embedding_channels or 4 * model_channels
         self.in_channels, self.condition_channels = in_channels, condition_channels
@@ -113,13 +174,12 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """x ``[N, C, H, W]``, t ``[N]`` (whole or fractional), y int64 ``[N]``, condition ``[N, c, h, w]``."""
-        self._check_input(x, t, y)
+        self._check_input(x, t, y, condition)
         image, device = self._with_condition(x, condition), x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.emb.weight.dtype
         with torch.autocast(device, enabled=False):
-            out = self._run(image.to(dtype, memory_format=torch.channels_last), t, y)
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        return out.to(x.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+            out = self._run(image.to(dtype, memory_format=channels_last(4)), t, y)
+        return out.to(x.dtype, memory_format=format_of(x))
 
     def prepared(self, dtype: torch.dtype | None = None) -> UNet:
         """A copy for inference, with its weights in ``dtype`` (default: theirs) and arranged for the machine once.
@@ -130,17 +190,28 @@ class UNet(nn.Module):
         dtype = dtype or self.emb.weight.dtype
         if dtype == self.emb.weight.dtype and (self.emb.packed or not self._arranges(dtype)):
             return self
-        made = copy.deepcopy(self).to(dtype).eval().requires_grad_(False)
+        with torch.inference_mode(False):
+            made = copy.deepcopy(self).to(dtype).eval().requires_grad_(False)
         made.refresh(self)
         return made
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self, unet: UNet) -> None:
-        """Take the weights of ``unet``, of the same configuration, into the memory they have here."""
+        """Take the weights of ``unet``, of the same configuration, into the memory they have here.
+
+        Raises:
+            InputError: another configuration.
+        """
         if unet is self:
             return
-        for mine, its in zip(self.parameters(), unet.parameters(), strict=True):
-            mine.copy_(its)
+        check(isinstance(unet, UNet), f"refresh needs a UNet, got {type(unet).__name__}")
+        mine, its = _values(self), _values(unet)
+        differing = [name for name in {**mine, **its} if name not in mine or name not in its]
+        differing += [name for name in mine if name in its and mine[name].shape != its[name].shape]
+        check(not differing, f"refresh needs a UNet of the same configuration, this one differs in {differing[:3]}")
+        for name, value in mine.items():
+            value.copy_(its[name])
         dtype = self.emb.weight.dtype
         if self._arranges(dtype):
             for layer in self.modules():
@@ -233,10 +304,7 @@ class UNet(nn.Module):
         return settings, weights.exported(self, guided_diffusion.table(self, new_attention_order))
 
     def _run(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        emb = self.time(t, x.dtype)
-        if self.label is not None:
-            emb = emb + self.label(y).to(x.dtype)
-        conditions = iter(self.emb(F.silu(emb)).split(self.conditions, 1))
+        conditions = iter(self.emb(F.silu(self._embedding(t, y, x.dtype))).split(self.conditions, 1))
         h = self.conv_in(x)
         skips = [h]
         for block in self.down:
@@ -247,35 +315,38 @@ class UNet(nn.Module):
             h = _run(block, torch.cat((h, skips.pop()), 1), conditions)
         return self.norm_out.then(self.conv_out, h)
 
-    def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
-        """``cond`` without its label: what classifier-free guidance compares with. An image condition stays."""
-        check(self.label is not None and "y" in cond, "classifier-free guidance needs a class-conditional model and y")
-        assert self.label is not None
-        return {**cond, "y": self.label.null(cond["y"])}
-
     def _with_condition(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        if not self.condition_channels:
-            check(condition is None, "this model takes no condition image (condition_channels=0)")
+        if condition is None:
             return x
-        expected = (len(x), self.condition_channels)
-        valid = condition is not None and condition.ndim == 4 and condition.shape[:2] == expected
-        check(
-            valid,
-            f"condition must be {[*expected, 'h', 'w']}, got {None if condition is None else list(condition.shape)}",
-        )
-        assert condition is not None
         if condition.shape[2:] != x.shape[2:]:
             condition = F.interpolate(condition, x.shape[2:], mode="bilinear", antialias=True)
         return torch.cat((x, condition.to(x.dtype)), 1)
 
-    def _check_input(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+    def _check_input(self, x: Tensor, t: Tensor, y: Tensor | None, condition: Tensor | None) -> None:
+        check_floating("x", x)
         shape = list(x.shape)
         check(x.ndim == 4 and shape[1] == self.in_channels, f"x must be [N, {self.in_channels}, H, W], got {shape}")
-        fits = shape[2] % self.factor == 0 and shape[3] % self.factor == 0
+        fits = all(size and size % self.factor == 0 for size in shape[2:])
         check(fits, f"height and width must divide by {self.factor}, got {shape[2:]}")
-        check(t.shape == x.shape[:1], f"t must hold one time per sample ({shape[0]}), got {list(t.shape)}")
-        check(y is None or self.label is not None, "this model takes no labels (num_classes=None)")
-        check(y is None or len(y) == len(x), f"y must hold one label per sample ({shape[0]})")
+        self._check_conditions(x, t, y)
+        wanted = self.condition_channels > 0
+        check(wanted or condition is None, "this model takes no condition image (condition_channels=0)")
+        if wanted:
+            self._check_image(condition, x)
+
+    def _check_image(self, condition: Tensor | None, x: Tensor) -> None:
+        expected = [len(x), self.condition_channels]
+        need = f"condition must be {[*expected, 'h', 'w']}"
+        check(condition is not None, f"{need}, got None")
+        assert condition is not None
+        check_floating("condition", condition)
+        fits = condition.ndim == 4 and list(condition.shape[:2]) == expected and condition.shape[2:].numel() > 0
+        check(fits, f"{need}, got {list(condition.shape)}")
+        check(condition.device == x.device, f"condition must be on {x.device}, got {condition.device}")
+
+
+def _values(unet: UNet) -> dict[str, Tensor]:
+    return dict((*unet.named_parameters(), *unet.named_buffers()))
 
 
 def _run(block: nn.Module, h: Tensor, conditions: Iterator[Tensor]) -> Tensor:
@@ -288,7 +359,6 @@ class _Parts:
     """Builds the parts of one configuration."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        _check_config(config)
         self.config, self.blocks = config, config["num_res_blocks"]
         self.sizes = [config["image_size"] >> level for level in range(len(config["channel_mult"]))]
         self.widths = [round(multiple * config["model_channels"]) for multiple in config["channel_mult"]]
@@ -349,28 +419,3 @@ class _Parts:
         return (
             Upsample(channels, channels) if direction > 0 else Downsample(channels, self.config["downsample_padding"])
         )
-
-
-def _check_config(config: dict[str, Any]) -> None:
-    for name in ("image_size", "in_channels", "model_channels", "num_res_blocks", "num_heads", "norm_groups"):
-        check(config[name] >= 1, f"{name} must be at least 1, got {config[name]}")
-    for name in ("num_classes", "condition_channels", "embedding_channels"):
-        check((config[name] or 0) >= 0, f"{name} must not be negative, got {config[name]}")
-    shift, channels = config["frequency_shift"], config["model_channels"]
-    check(shift in (0, 1), f"frequency_shift must be 0 or 1, got {shift}")
-    least = 2 + 2 * shift
-    check(channels >= least, f"model_channels must be at least {least}: the time embedding is sines and cosines")
-    padding = config["downsample_padding"]
-    check(padding in (0, 1), f"downsample_padding must be 1, or 0 for right and below only, got {padding}")
-    out = config["out_channels"]
-    check(out is None or out >= 1, f"out_channels must be at least 1 or None, got {out}")
-    check(0 <= config["dropout"] < 1, f"dropout must lie in [0, 1), got {config['dropout']}")
-    mult, size = config["channel_mult"], config["image_size"]
-    whole = all(multiple > 0 and abs(multiple * channels - round(multiple * channels)) < 1e-6 for multiple in mult)
-    fits = len(mult) > 0 and whole
-    check(fits, f"channel_mult must name at least one level, each a whole number of channels, got {mult}")
-    halvings = len(mult) - 1
-    check(size % 2**halvings == 0, f"image_size {size} cannot be halved {halvings} times (channel_mult)")
-    sizes = [size >> level for level in range(len(mult))]
-    unknown = sorted(set(config["attention_resolutions"]) - set(sizes))
-    check(not unknown, f"attention_resolutions {unknown} do not occur: the levels are {sizes}")

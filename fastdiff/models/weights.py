@@ -1,11 +1,11 @@
-"""Weights of other people's networks: their settings, their tensors' names and shapes, their files.
+"""Weights of other people's networks: their tensors' names and shapes, their files.
 
 One table of entries says where each tensor of a peer lives in our network. Import and export read the same table.
 """
 
 from __future__ import annotations
 
-import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -18,84 +18,13 @@ from torch import Tensor, nn
 
 from fastdiff.errors import InputError, check
 from fastdiff.models.layers import ResBlock
+from fastdiff.models.settings import refuse
 
 if TYPE_CHECKING:
     from fastdiff.models.unet import UNet
 
+UNFIT = "does not fit fastdiff.UNet"
 LISTED = 10  #: names of one kind in a message; the rest is counted
-
-
-# ---- settings ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A setting of a peer: what it is when it is not given, and what it has to be."""
-
-    default: Any
-    fits: Callable[[Any], bool]
-    need: str
-
-
-#: settings that have to be right by themselves, what is wrong with them together
-Check = tuple[tuple[str, ...], Callable[[dict[str, Any]], list[str]]]
-
-
-def exactly(*values: Any) -> Setting:
-    """One of ``values``; the first is the default."""
-    return Setting(values[0], lambda value: value in values, " or ".join(map(repr, values)))
-
-
-def whole(default: int | None = None, *, least: int = 1, or_value: tuple[int | None, ...] = ()) -> Setting:
-    """A whole number of at least ``least``, or one of ``or_value``."""
-    need = " or ".join([f"a whole number of at least {least}", *map(repr, or_value)])
-    return Setting(default, lambda value: value in or_value or is_whole(value, least), need)
-
-
-def number(default: float) -> Setting:
-    """A number of at least 0."""
-    return Setting(default, lambda value: is_number(value) and value >= 0, "a number of at least 0")
-
-
-def several(default: Iterable[Any] | None, fits: Callable[[Any], bool], need: str) -> Setting:
-    """A list whose members fit."""
-    return Setting(default, lambda value: isinstance(value, list | tuple) and all(map(fits, value)), f"a list: {need}")
-
-
-def anything(default: Any = None) -> Setting:
-    """A setting that changes nothing in the network."""
-    return Setting(default, lambda value: True, "")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_whole(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def settled(
-    what: str, given: Mapping[str, Any], table: dict[str, Setting], checks: Iterable[Check] = ()
-) -> dict[str, Any]:
-    """All settings of ``table``, as given or by default. Keys that begin with ``_`` are left aside.
-
-    Raises:
-        InputError: everything that does not fit, alone or together, and every key that is not in the table.
-    """
-    values = {key: given.get(key, setting.default) for key, setting in table.items()}
-    bad = [key for key, setting in table.items() if not setting.fits(values[key])]
-    problems = [f"{key}={values[key]!r} must be {table[key].need}" for key in bad]
-    for keys, problems_of in checks:
-        problems += [] if set(keys) & set(bad) else problems_of(values)
-    problems += [f"{key} is not known" for key in given if key not in table and not str(key).startswith("_")]
-    refuse(f"{what} does not fit fastdiff.UNet", problems)
-    return values
-
-
-def refuse(what: str, problems: list[str]) -> None:
-    """Raise one error that lists all problems, if there are any."""
-    check(not problems, f"{what}: {'; '.join(problems)}")
 
 
 def image_size(size: int | None, levels: int) -> int:
@@ -181,13 +110,17 @@ def _join(*names: str) -> str:
 
 def exported(unet: UNet, table: list[Entry]) -> dict[str, Tensor]:
     """The peer's state dict: copies, contiguous, in the dtype and on the device of the network."""
+    check(not any(p.is_meta for p in unet.parameters()), "a UNet on the meta device has no weights to export")
     return {entry.theirs: entry.give(unet.get_parameter(entry.ours)) for entry in table}
 
 
 def empty(build: Callable[..., UNet], settings: dict[str, Any]) -> UNet:
     """The network without memory for its weights."""
-    with torch.device("meta"):
-        return build(**settings)
+    try:
+        with torch.device("meta"):
+            return build(**settings)
+    except (TypeError, RuntimeError, OverflowError) as error:  # beyond what a tensor's size can be
+        raise InputError(f"no network can be that large: {str(error).splitlines()[0]}") from None
 
 
 @torch.no_grad()
@@ -195,7 +128,7 @@ def filled(unet: UNet, table: list[Entry], state: Mapping[str, Tensor], what: st
     """A network made by :func:`empty`, with the weights of a state dict: float32, on the CPU, in evaluation mode.
 
     Raises:
-        InputError: every tensor that is missing, is not in the table, or has another shape or no floating dtype.
+        InputError: every tensor that is missing or not in the table, has another shape, no floating dtype, no values.
     """
     known = {entry.theirs: entry for entry in table}
     both = [known[name] for name in known if name in state]
@@ -204,11 +137,16 @@ def filled(unet: UNet, table: list[Entry], state: Mapping[str, Tensor], what: st
     problems += _listed("not expected", [name for name in state if name not in known])
     problems += _listed("of another shape", [_shapes(entry, state[entry.theirs]) for entry in wrong])
     problems += _listed("not floating", [e.theirs for e in both if not state[e.theirs].is_floating_point()])
+    problems += _listed("without values", [e.theirs for e in both if not _has_values(state[e.theirs])])
     refuse(f"the tensors of {what} do not fit its configuration", problems)
     unet = unet.to_empty(device="cpu").float().eval()
     for entry in table:
         entry.take(unet.get_parameter(entry.ours), state[entry.theirs])
     return unet
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
 
 
 def _shapes(entry: Entry, tensor: Tensor) -> str:
@@ -228,16 +166,6 @@ def as_path(source: object) -> Path:
     return Path(source)  # type: ignore[arg-type]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    check(isinstance(value, dict), f"{path} must hold an object, got {type(value).__name__}")
-    return dict(value)
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors by name of a safetensors file, or of one that torch.save wrote; code in a pickle is never run.
 
@@ -250,8 +178,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return dict(safetensors.torch.load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in its reader
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{path} cannot be read as tensors (code in pickles is never run): {reason}") from None
+        lines = [] if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()  # which advises to run it
+        reason = f": {lines[0]}" if lines else ""
+        raise InputError(f"{path} cannot be read as tensors (code in pickles is never run){reason}") from None
     return state_dict(state, str(path))
 
 
@@ -259,6 +188,7 @@ def state_dict(state: object, what: str) -> dict[str, Tensor]:
     """``state`` if it is tensors by name."""
     check(isinstance(state, Mapping), f"{what} must be tensors by name, got {type(state).__name__}")
     assert isinstance(state, Mapping)
-    others = [f"{name!r} is {type(value).__name__}" for name, value in state.items() if not isinstance(value, Tensor)]
+    fits = {name: isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()}
+    others = [f"{name!r} is {type(state[name]).__name__}" for name in state if not fits[name]]
     refuse(f"{what} must be tensors by name", _listed("others", others))
     return dict(state)

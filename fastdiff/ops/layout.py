@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_interpreter_stack as _levels
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def channels_last(ndim: int) -> torch.memory_format:
     """The channels-last format of tensors of so many dimensions, contiguous where there is none."""
-    return _CHANNELS_LAST.get(ndim, torch.contiguous_format)
+    return torch.contiguous_format if _mapped() else _CHANNELS_LAST.get(ndim, torch.contiguous_format)
+
+
+def _mapped() -> bool:
+    """Whether torch.func.vmap is at work, which knows contiguous tensors only."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in _levels())
 
 
 def is_dense(x: Tensor) -> bool:

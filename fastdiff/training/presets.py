@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fastdiff import _io
 from fastdiff.errors import InputError, check, choose
 from fastdiff.models import MLP, UNet
 from fastdiff.training.data import Description
@@ -50,7 +50,7 @@ def model_config(name: str, data: Description, *, learned_variance: bool = False
         InputError: an unknown name, a file that is not such a configuration, a model that does not fit the data.
     """
     if name.endswith(".json"):
-        return _from_file(Path(name))
+        return _io.read_json(Path(name))
     name = preset(name, data)
     fits = (name == "mlp") == data.is_points
     check(fits, f"model {name} does not fit {data.name}, whose samples are {list(data.shape)}")
@@ -119,12 +119,3 @@ def _unet(name: str, size: int) -> dict[str, Any]:
         "scale_shift": True,
         "resblock_updown": True,
     }
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {path} cannot be read as JSON: {error}") from None
-    check(isinstance(config, dict), f"model {path} must hold an object with type and arguments")
-    return dict(config)
