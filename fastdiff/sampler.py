@@ -36,7 +36,8 @@ class Sampler:
     Args:
         model: any callable ``model(x, t, **cond)`` that returns a tensor or an object with ``.sample``. A module
             is used as it is: call ``.eval()`` on it if it has dropout. A network that has a form for inference, as
-            :class:`fastdiff.UNet` has, is used in that, with the weights it has when a call begins.
+            :class:`fastdiff.UNet` has, is used in that, with the weights it has when a call begins; calls that are
+            still running take those too.
         diffusion: schedule, prediction type and variance the model was trained with.
         solver: ``ddpm`` | ``ddim`` | ``euler`` | ``euler_a`` | ``heun`` | ``dpmpp_2m``.
         steps: how many, 1 ... T, or the timesteps themselves in descending order.

@@ -123,7 +123,7 @@ inline const char* normalised(
   return h;
 }
 
-// Adds x to a, or its distance from a first mean to a and that's square to b.
+// Adds x to a, or its distance from a first mean to a and its square to b.
 template <typename F>
 inline void add_distance(F x, F near, F& a, F& b) {
   const F d = x - near;

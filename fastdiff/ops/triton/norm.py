@@ -190,12 +190,14 @@ def activation(z, S: tl.constexpr):
 
 
 @triton.jit
-def through_activation(grad, h, mean, inverse, gain, offset, S: tl.constexpr):
-    """The gradient dz of z = xhat gain + offset from that of its activation; xhat."""
-    xhat = (h - mean[None, :]) * inverse[None, :]
+def through_activation(grad, h, moments, affine, tile, at, inside, S: tl.constexpr):
+    """The gradient dz of z = xhat gain + offset from that of its activation; xhat; 1 / deviation and gain."""
+    mean, inverse = moments_of_channels(moments, tile, S)
+    gain, offset = gain_and_offset(affine, tile, S)
+    dz, xhat = load(grad, at, inside), (load(h, at, inside) - mean[None, :]) * inverse[None, :]
     if S.silu:
-        grad = grad * silu_slope(scaled(xhat, gain, offset))
-    return grad, xhat
+        dz = dz * silu_slope(scaled(xhat, gain, offset))
+    return dz, xhat, inverse, gain
 
 
 @triton.jit
@@ -299,9 +301,7 @@ def normalise_chunk(x, residual, affine, moments, result, positions, chunks, S: 
 def gradient(grad, h, moments, affine, more, result, sums, count, POSITIONS: tl.constexpr, S: tl.constexpr):
     tile = locate(POSITIONS, 1, S)
     at, inside = elements(tile, POSITIONS, S)
-    mean, inverse = moments_of_channels(moments, tile, S)
-    gain, offset = gain_and_offset(affine, tile, S)
-    dz, xhat = through_activation(load(grad, at, inside), load(h, at, inside), mean, inverse, gain, offset, S)
+    dz, xhat, inverse, gain = through_activation(grad, h, moments, affine, tile, at, inside, S)
     plain, along = tl.sum(dz, 0), tl.sum(dz * xhat, 0)  # what is not there has a gradient of 0
     store_pairs(sums, tile.sample * S.channels + tile.channel, plain, along, tile.own)
     dx = through_moments(dz, xhat, plain, along, inverse, gain, count, S)
@@ -313,9 +313,7 @@ def chunk_sums(grad, h, moments, affine, partial, positions, chunks, S: tl.const
     """The sums of dz and dz xhat over the positions of a chunk [N, chunks, C, 2]."""
     tile = locate(positions, chunks, S)
     at, inside = elements(tile, positions, S)
-    mean, inverse = moments_of_channels(moments, tile, S)
-    gain, offset = gain_and_offset(affine, tile, S)
-    dz, xhat = through_activation(load(grad, at, inside), load(h, at, inside), mean, inverse, gain, offset, S)
+    dz, xhat, _, _ = through_activation(grad, h, moments, affine, tile, at, inside, S)
     of_chunk = (tile.sample * chunks + tile.chunk) * S.channels
     store_pairs(partial, of_chunk + tile.channel, tl.sum(dz, 0), tl.sum(dz * xhat, 0), tile.own)
 
@@ -337,9 +335,7 @@ def join_sums(partial, sums, numbers, chunks, ROWS: tl.constexpr, BLOCK: tl.cons
 def gradient_chunk(grad, h, moments, affine, sums, more, result, count, positions, chunks, S: tl.constexpr):
     tile = locate(positions, chunks, S)
     at, inside = elements(tile, positions, S)
-    mean, inverse = moments_of_channels(moments, tile, S)
-    gain, offset = gain_and_offset(affine, tile, S)
-    dz, xhat = through_activation(load(grad, at, inside), load(h, at, inside), mean, inverse, gain, offset, S)
+    dz, xhat, inverse, gain = through_activation(grad, h, moments, affine, tile, at, inside, S)
     plain, along = load_pairs(sums, tile.sample * S.channels + tile.channel, tile.own)
     dx = through_moments(dz, xhat, plain, along, inverse, gain, count, S)
     store_gradient(result, more, at, inside, dx)
