@@ -21,7 +21,7 @@ from benchmarks.peers import ROW, SCALE, STEPS, State
 from fastdiff.backends import body
 from fastdiff.noise import Address, Stream, draw
 from fastdiff.ops.row import LETTERS
-from fastdiff.solvers import build_table
+from fastdiff.table import build_table
 
 Shape = tuple[int, ...]
 Outputs = tuple[Tensor, ...]

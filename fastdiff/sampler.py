@@ -17,7 +17,7 @@ from fastdiff.errors import InputError, check
 from fastdiff.guidance import ClassifierFree
 from fastdiff.ops.checks import check_floating
 from fastdiff.ops.row import LETTERS
-from fastdiff.solvers import build_table
+from fastdiff.table import build_table
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class State:
     """What a row has left: after row ``step`` (from 0) at ``timestep``, the state ``x`` and the estimate ``x0``."""
 
     step: int
-    timestep: int
+    timestep: float
     x: Tensor
     x0: Tensor
 
@@ -39,12 +39,16 @@ class Sampler:
             :class:`fastdiff.UNet` has, is used in that, with the weights it has when a call begins; calls that are
             still running take those too.
         diffusion: schedule, prediction type and variance the model was trained with.
-        solver: ``ddpm`` | ``ddim`` | ``euler`` | ``euler_a`` | ``heun`` | ``dpmpp_2m``.
+        solver: one of :data:`fastdiff.solvers.SOLVERS`, where each says what it is: ``ddpm`` | ``ddim`` | ``euler`` |
+            ``euler_a`` | ``lcm`` | ``heun`` | ``edm`` | ``dpm2`` | ``dpmpp_2s`` | ``dpmpp_sde`` | ``dpmpp_2m`` |
+            ``dpmpp_2m_sde`` | ``dpmpp_3m`` | ``dpmpp_3m_true`` | ``unipc`` | ``deis`` | ``lms`` | ``pndm``; and
+            ``ddim_inverse``, from an image ``x`` to its noise.
         steps: how many, 1 ... T, or the timesteps themselves in descending order.
-        spacing: ``trailing`` | ``leading`` | ``linspace`` | ``karras``.
+        spacing: ``trailing`` | ``leading`` | ``linspace`` | ``karras`` | ``exponential`` | ``beta``.
         guidance_scale: s of uncond + s (cond - uncond); 1 is the conditional model alone, the paper's w is
             s - 1 (Ho & Salimans 2022, eq. 6). One, or one for each step.
         clip: bound of the estimate of x0 in every row, 1.0 for images in [-1, 1]; None for no bound.
+        final: where a run ends: at ``zero`` noise, or ``minimal``, at that of the schedule's timestep 0.
         dtype: of the state, float32, or float64 for the reference in float64.
         device: default, where the model's first parameter is.
         options: the solver's own, for instance ``eta=0.5`` for ddim.
@@ -65,6 +69,7 @@ class Sampler:
         guidance_scale: float | Sequence[float] = 1.0,
         clip: float | None = None,
         *,
+        final: str = "zero",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         **options: Any,
@@ -72,7 +77,7 @@ class Sampler:
         check(callable(model), f"model must be callable, got {type(model).__name__}")
         check(isinstance(diffusion, Diffusion), f"diffusion must be a Diffusion, got {type(diffusion).__name__}")
         check(dtype in (torch.float32, torch.float64), f"dtype must be float32 or float64, got {dtype}")
-        self.model, self.diffusion, self.dtype = model, diffusion, dtype
+        self.model, self.diffusion, self.solver, self.dtype = model, diffusion, solver, dtype
         prepared = getattr(type(model), "prepared", None)  # of the model itself, not of what a wrapper passes on
         self._network: Any = prepared(model) if prepared else model
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
@@ -80,11 +85,12 @@ class Sampler:
         # The network gets its input in its own precision, the state keeps its own.
         self._input_dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else dtype
         self.timesteps = diffusion.schedule.timesteps(steps, spacing)
-        self.table = build_table(diffusion, self.timesteps, solver, guidance_scale=guidance_scale, clip=clip, **options)
+        self.table = build_table(
+            diffusion, self.timesteps, solver, guidance_scale=guidance_scale, clip=clip, final=final, **options
+        )
         self._table = self.table.tensor(self.device, dtype)
-        times = diffusion.schedule.c_noise[self.table.timesteps].to(self.device)
         wide = torch.promote_types(self._input_dtype, torch.float32)  # times have more digits than bf16
-        self._times = times.to(wide) if times.is_floating_point() else times
+        self._times = self.table.times(self.device, wide)
 
     def __call__(
         self,
@@ -173,7 +179,7 @@ class Sampler:
                 input_dtype=input_dtype,
             )
             assert step.x0 is not None
-            yield State(i, int(self.table.timesteps[i]), step.x, step.x0)
+            yield State(i, self.table.timesteps[i].item(), step.x, step.x0)
 
     def _start(
         self, shape: tuple[int, ...], seed: noises.Seed, sample: Sequence[int] | Tensor | None, x: Tensor | None
@@ -183,6 +189,7 @@ class Sampler:
             check_floating("x", x)
             check(x.shape == shape, f"x must have shape {list(shape)}, got {list(x.shape)}")
             return x.to(self.device, self.dtype)
+        check(self.solver != "ddim_inverse", "ddim_inverse starts from images: pass them as x")
         stream = noises.Stream.INITIAL
         noise = noises.normal(shape, seed=seed, sample=sample, stream=stream, device=self.device, dtype=self.dtype)
         schedule = self.diffusion.schedule

@@ -22,8 +22,18 @@ from torch import Tensor
 
 from fastdiff.errors import InputError, check, choose
 
-SPACINGS = ("leading", "trailing", "linspace", "karras")
+SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential", "beta")
 MAX_BETA = 0.999
+
+
+@dataclass(frozen=True)
+class Levels:
+    """alpha, sigma, c_in and c_noise of :class:`Schedule` at some times, float64 ``[n]`` each."""
+
+    alpha: Tensor
+    sigma: Tensor
+    c_in: Tensor
+    c_noise: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +89,36 @@ class Schedule:
     def zero_terminal_snr(self) -> bool:
         """Whether the last timestep holds no signal at all."""
         return bool(self.alpha[-1] == 0)
+
+    # ---- between the timesteps --------------------------------------------------------------
+
+    def at(self, t: Tensor) -> Levels:
+        """The levels at fractional timesteps, float64 ``[n]`` in 0 ... T-1.
+
+        What the network is told is linear between two timesteps, and with it the log-SNR or, for flow, sigma.
+        """
+        low = t.long()
+        high, part = (low + 1).clamp(max=len(self) - 1), t - low
+        tables = self.alpha, self.sigma, self.c_in, self.c_noise.double()
+        alpha, sigma, c_in, c_noise = (torch.lerp(table[low], table[high], part) for table in tables)
+        if self.config["name"] != "flow":
+            ratio = torch.exp(-torch.lerp(self.log_snr[low], self.log_snr[high], part) / 2)
+            alpha = (1 + ratio**2).rsqrt() if self.variance_preserving else alpha
+            sigma = alpha * ratio
+        if self.config["name"] == "edm":
+            c_in, _ = _edm_inputs(sigma, self.config["sigma_data"])
+        between = alpha, sigma, c_in, c_noise
+        return Levels(*(torch.where(part == 0, table[low], b) for table, b in zip(tables, between, strict=True)))
+
+    def timestep_of(self, log_snr: Tensor) -> Tensor:
+        """The fractional timesteps ``[n]`` of given log-SNRs, 0 ... T-1: the inverse of :meth:`at`."""
+        flow = self.config["name"] == "flow"
+        levels, wanted = (self.sigma, torch.sigmoid(-log_snr / 2)) if flow else (-self.log_snr, -log_snr)
+        high = torch.searchsorted(levels, wanted).clamp(1, max(1, len(self) - 1))
+        low = high - 1
+        high = high.clamp(max=len(self) - 1)
+        part = (wanted - levels[low]) / (levels[high] - levels[low])
+        return low + part.nan_to_num(0.0).clamp(0, 1)
 
     # ---- the schedules ----------------------------------------------------------------------
 
@@ -152,12 +192,13 @@ class Schedule:
         check(0 < sigma_min < sigma_max, f"0 < sigma_min < sigma_max must hold, got {sigma_min}, {sigma_max}")
         check(rho > 0 and sigma_data > 0, f"rho and sigma_data must be positive, got {rho}, {sigma_data}")
         sigma = karras_levels(_length(n), sigma_min, sigma_max, rho).flip(0)
+        c_in, c_noise = _edm_inputs(sigma, sigma_data)
         settings = {"n": n, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho, "sigma_data": sigma_data}
         return cls(
             alpha=torch.ones_like(sigma),
             sigma=sigma,
-            c_in=(sigma**2 + sigma_data**2).rsqrt(),
-            c_noise=sigma.log() / 4,
+            c_in=c_in,
+            c_noise=c_noise,
             config={"name": "edm", **settings},
         )
 
@@ -204,8 +245,9 @@ class Schedule:
         Args:
             steps: how many, 1 ... T; or the timesteps themselves in descending order.
             spacing: ``trailing`` ends at T-1 and ``leading`` at 0 with equal strides, ``linspace`` holds both
-                ends (Lin et al. 2024, table 2, in exact integer arithmetic), ``karras`` follows the noise
-                levels of Karras et al. 2022, eq. 5, each at the nearest timestep still free.
+                ends (Lin et al. 2024, table 2, in exact integer arithmetic), ``beta`` follows the quantiles of
+                Beta(0.6, 0.6) (Lee et al. 2024), ``karras`` the noise levels of Karras et al. 2022, eq. 5, and
+                ``exponential`` equal strides of the log-SNR, each at the nearest timestep still free.
 
         Raises:
             InputError: an unknown spacing, ``steps`` outside 1 ... T, a list that does not descend within 0 ... T-1.
@@ -228,19 +270,21 @@ class Schedule:
             return _divide(total * (steps - count), steps) - 1
         if spacing == "linspace":
             return _divide((total - 1) * (steps - 1 - count), steps - 1)
-        return self._karras(steps)
+        if spacing == "beta":
+            from scipy.special import betaincinv
 
-    def _karras(self, steps: int) -> Tensor:
-        """The timesteps whose noise-to-signal ratios are nearest to Karras levels, pushed apart where they meet."""
+            quantiles = betaincinv(0.6, 0.6, torch.linspace(1, 0, steps, dtype=torch.float64).numpy())
+            return _distinct((torch.from_numpy(quantiles) * (total - 1)).round().long(), total)
+        return self._at_levels(steps, spacing)
+
+    def _at_levels(self, steps: int, spacing: str) -> Tensor:
+        """The timesteps whose noise-to-signal ratios are nearest to given levels."""
         log_ratio: Tensor = -0.5 * self.log_snr
-        finite: Tensor = log_ratio[torch.isfinite(log_ratio)]
-        levels = karras_levels(steps, float(finite[0].exp()), float(finite[-1].exp()), 7.0).log()
-        nearest = (log_ratio - levels[:, None]).abs().argmin(1)
-        nearest[0] = len(self) - 1
-        count = torch.arange(steps)
-        # Strictly descending: first push later ones down, then lift what fell below the cleanest end.
-        down: Tensor = torch.cummin(nearest + count, 0)[0] - count
-        return torch.maximum(down, steps - 1 - count)
+        first, last = log_ratio[torch.isfinite(log_ratio)][[0, -1]].tolist()
+        levels = torch.linspace(last, first, steps, dtype=torch.float64)
+        if spacing == "karras":
+            levels = karras_levels(steps, math.exp(first), math.exp(last), 7.0).log()
+        return _distinct((log_ratio - levels[:, None]).abs().argmin(1), len(self))
 
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "from_betas", "edm", "flow")
@@ -252,6 +296,19 @@ def karras_levels(n: int, sigma_min: float, sigma_max: float, rho: float) -> Ten
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     levels: Tensor = (high + ramp * (low - high)) ** rho
     return levels
+
+
+def _distinct(nearest: Tensor, total: int) -> Tensor:
+    """Timesteps from the last on, strictly descending: pushed apart where they meet."""
+    nearest[0] = total - 1
+    count = torch.arange(len(nearest))
+    # First push later ones down, then lift what fell below the cleanest end.
+    down: Tensor = torch.cummin(nearest + count, 0)[0] - count
+    return torch.maximum(down, len(nearest) - 1 - count)
+
+
+def _edm_inputs(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    return (sigma**2 + sigma_data**2).rsqrt(), sigma.log() / 4
 
 
 def _length(timesteps: int) -> int:

@@ -78,18 +78,38 @@ def predict(prediction: str, x: Tensor, x0: Tensor, alpha: Level, sigma: Level) 
 
 def model_of(data: Mixture | Gaussian, diffusion: fd.Diffusion) -> Callable[[Tensor, Tensor], Tensor]:
     """The exact model of ``data`` under a diffusion, called as samplers call networks: ``model(c_in x, c_noise)``."""
-    schedule = diffusion.schedule
-    times = schedule.c_noise.double()
-    between = (times[1:] + times[:-1]) / 2
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        at = torch.bucketize(t.double().contiguous(), between)
         shape = (-1, *(1,) * (x.ndim - 1))
-        alpha, sigma, c_in = (table[at].reshape(shape) for table in (schedule.alpha, schedule.sigma, schedule.c_in))
+        alpha, sigma, c_in = (level.reshape(shape) for level in levels_at(diffusion.schedule, t.double()))
         x = x.double() / c_in
         return predict(diffusion.prediction, x, data.denoise(x, alpha, sigma), alpha, sigma)
 
     return model
+
+
+def levels_at(schedule: fd.Schedule, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha, sigma and c_in behind what a network is told.
+
+    Networks of EDM are told ln(sigma) / 4, those of flow 1000 sigma; others t, between whose whole numbers
+    log(sigma / alpha) is linear, or sigma for flow.
+    """
+    name = schedule.config["name"]
+    if name == "edm":
+        sigma = torch.exp(4 * told)
+        return torch.ones_like(sigma), sigma, (sigma**2 + schedule.config["sigma_data"] ** 2).rsqrt()
+    if name == "flow" and "n" in schedule.config:
+        return 1 - told / 1000, told / 1000, torch.ones_like(told)
+    low, part = told.long(), told - told.long()
+    high = (low + 1).clamp(max=len(schedule) - 1)
+    ratio = (schedule.sigma / schedule.alpha)[low] ** (1 - part) * (schedule.sigma / schedule.alpha)[high] ** part
+    alpha = torch.ones_like(ratio) if bool((schedule.alpha == 1).all()) else (1 + ratio**2).rsqrt()
+    sigma = alpha * ratio
+    if name == "flow":
+        sigma = (1 - part) * schedule.sigma[low] + part * schedule.sigma[high]
+        alpha = 1 - sigma
+    whole = part == 0
+    return torch.where(whole, schedule.alpha[low], alpha), torch.where(whole, schedule.sigma[low], sigma), 1 + 0 * told
 
 
 def levels_schedule(alpha: Tensor, sigma: Tensor, name: str = "levels") -> fd.Schedule:

@@ -19,6 +19,7 @@ from fastdiff.noise import Stream
 from fastdiff.sampler import State
 from fastdiff.solvers import SOLVERS
 
+SAMPLING = [solver for solver in SOLVERS if solver != "ddim_inverse"]  # which starts from images
 NOISY = {"ddpm": {}, "euler_a": {}, "ddim": {"eta": 0.7}}
 LINEAR_50 = fd.Schedule.linear(50, beta_start=2e-3, beta_end=0.3)
 
@@ -200,7 +201,7 @@ def test_noise_of_the_seed_given_as_x_gives_the_same_samples() -> None:
     assert not torch.equal(sampler((4, 3), seed=8, x=x + 1), sampler((4, 3), seed=8))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SAMPLING)
 def test_the_global_random_state_is_left_alone(solver: str) -> None:
     sampler = make(solver=solver)
     torch.manual_seed(0)
@@ -211,7 +212,7 @@ def test_the_global_random_state_is_left_alone(solver: str) -> None:
     assert torch.equal(sampler((2, 3), seed=1), first)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SAMPLING)
 def test_threads_may_share_a_sampler_and_runs_leave_nothing_behind(solver: str) -> None:
     sampler = make(fd.MLP(3, width=16, depth=1).eval(), solver)
     for parameter in sampler.model.parameters():
@@ -229,7 +230,7 @@ LABELS = {"y": torch.tensor([1.0, -1.0, 0.5, 0.25])}
 NULL = {"y": 0.0}
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SAMPLING)
 def test_scale_1_is_no_guidance(solver: str) -> None:
     model = Recorder()
     guided = make(model, solver, guidance_scale=1.0)((4, 3), seed=2, uncond=NULL, **LABELS)
@@ -237,13 +238,13 @@ def test_scale_1_is_no_guidance(solver: str) -> None:
     assert torch.equal(guided, make(solver=solver)((4, 3), seed=2, **LABELS))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SAMPLING)
 def test_scale_0_is_the_unconditional_model(solver: str) -> None:
     guided = make(solver=solver, guidance_scale=0.0)((4, 3), seed=2, uncond=NULL, **LABELS)
     assert torch.equal(guided, make(solver=solver)((4, 3), seed=2, y=torch.zeros(4)))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SAMPLING)
 @pytest.mark.parametrize("scale", [-1.5, 0.4, 3.0, 7.5])
 def test_samples_of_an_affine_model_are_affine_in_the_scale(scale: float, solver: str) -> None:
     def at(w: float) -> Tensor:
@@ -313,7 +314,7 @@ def test_a_condition_that_is_no_tensor_has_its_null_respected() -> None:
 
 
 @pytest.mark.parametrize("clip", [0.1, 1.0])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SAMPLING)
 def test_clip_bounds_the_estimate_in_every_row(solver: str, clip: float) -> None:
     sampler = make(lambda x, t: -3 * x, solver, clip=clip)
     states = list(sampler.iterate((4, 3), seed=1))
@@ -322,7 +323,7 @@ def test_clip_bounds_the_estimate_in_every_row(solver: str, clip: float) -> None
     assert any(state.x0.abs().max() > clip for state in free)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SAMPLING)
 def test_callback_and_iterate_give_the_same_states(solver: str) -> None:
     sampler = make(solver=solver)
     seen: list[State] = []
@@ -437,7 +438,7 @@ def test_an_object_with_sample_is_an_output() -> None:
     assert torch.equal(wrapped((2, 3), seed=6), make()((2, 3), seed=6))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SAMPLING)
 def test_the_memory_format_of_the_output_changes_no_value(solver: str) -> None:
     def model(x: Tensor, t: Tensor) -> Tensor:
         return (0.25 * x + 0.125).to(memory_format=torch.channels_last)
@@ -450,7 +451,7 @@ def test_the_memory_format_of_the_output_changes_no_value(solver: str) -> None:
     assert torch.equal(make(sliced, solver)((2, 3, 4, 5), seed=6), plain)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SAMPLING)
 def test_a_channels_last_start_stays_channels_last(solver: str) -> None:
     x = fd.noise.normal((2, 3, 4, 5), seed=6, stream=Stream.INITIAL)
     got = make(solver=solver)((2, 3, 4, 5), seed=6, x=x.to(memory_format=torch.channels_last))
@@ -601,3 +602,12 @@ def test_an_output_that_is_no_tensor_is_refused(output: object) -> None:
 def test_an_output_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(fd.InputError, match="out must be"):
         make(lambda x, t: torch.zeros(shape))((4, 3))
+
+
+def test_ddim_inverse_starts_from_images() -> None:
+    diffusion = fd.Diffusion(fd.Schedule.linear(100))
+    sampler = fd.Sampler(lambda x, t: torch.zeros_like(x), diffusion, "ddim_inverse", 5)
+    with pytest.raises(fd.InputError, match="ddim_inverse starts from images: pass them as x"):
+        sampler((1, 2), seed=0)
+    image = torch.ones(1, 2)
+    assert torch.allclose(sampler((1, 2), x=image), image * float(diffusion.schedule.alpha[-1]))
