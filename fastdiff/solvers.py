@@ -31,7 +31,7 @@ Letters = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels of a run: ``alpha`` and ``sigma`` of ``[N+1]``, from the noisiest to the end; ``t`` of ``[N]``."""
+    """The levels of a run, ``[N+1]`` from the noisiest to the end, and their timesteps ``t`` (-1 is the clean end)."""
 
     alpha: Tensor
     sigma: Tensor
@@ -67,10 +67,10 @@ class Grid:
         """Steps ``[N]`` of lambda = log(alpha / sigma); infinite to the clean end and from a start without signal."""
         return (self.alpha / self.sigma).log().diff()
 
-    def middle(self, h: Tensor) -> tuple[Levels, Tensor]:
-        """Levels and timesteps half a step of lambda behind the first N; where that is infinite, those of the step."""
-        log_snr = 2 * (self.alpha[:-1] / self.sigma[:-1]).log() + h
-        t = torch.where(torch.isfinite(h), self.schedule.timestep_of(log_snr), self.t[:-1])
+    def middle(self) -> tuple[Levels, Tensor]:
+        """Levels and timesteps ``[N]`` in the middle of each step of lambda; where that is infinite, of its beginning."""
+        log_snr = 2 * (self.alpha[:-1] / self.sigma[:-1]).log() + self.h
+        t = torch.where(torch.isfinite(self.h), self.schedule.timestep_of(log_snr), self.t[:-1])
         return self.schedule.at(t), t
 
 
@@ -199,7 +199,7 @@ def dpm2(grid: Grid) -> Letters:
     """
     alpha, sigma, alpha_next, sigma_next = grid.steps
     both = torch.isfinite(grid.h)
-    middle, t = grid.middle(grid.h)
+    middle, t = grid.middle()
     alpha_to, sigma_to = torch.where(both, middle.alpha, alpha_next), torch.where(both, middle.sigma, sigma_next)
     a, b, _ = rows.ddim(alpha, sigma, alpha_to, sigma_to)
     level, scale_next = middle.sigma / grid.scale_of(middle.alpha, middle.sigma), grid.scale[1:]
@@ -231,7 +231,7 @@ def _singlestep(grid: Grid, eta: float) -> Letters:
     _, sigma, alpha_next, sigma_next = grid.steps
     both = torch.isfinite(grid.h)
     h = torch.where(both, grid.h / 2, grid.h)
-    middle, t = grid.middle(grid.h)
+    middle, t = grid.middle()
     alpha_to, sigma_to = torch.where(both, middle.alpha, alpha_next), torch.where(both, middle.sigma, sigma_next)
     a, b, s = _transfer(sigma, alpha_to, sigma_to, h, eta)
     a_more, _, s_more = _transfer(middle.sigma, alpha_next, sigma_next, h, eta)
