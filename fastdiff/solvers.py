@@ -68,7 +68,7 @@ class Grid:
         return (self.alpha / self.sigma).log().diff()
 
     def middle(self) -> tuple[Levels, Tensor]:
-        """Levels and timesteps ``[N]`` in the middle of each step of lambda; where that is infinite, of its beginning."""
+        """Levels and timesteps ``[N]`` in the middle of each step of lambda, or where an infinite one begins."""
         log_snr = 2 * (self.alpha[:-1] / self.sigma[:-1]).log() + self.h
         t = torch.where(torch.isfinite(self.h), self.schedule.timestep_of(log_snr), self.t[:-1])
         return self.schedule.at(t), t
