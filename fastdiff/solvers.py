@@ -27,6 +27,7 @@ from fastdiff.ops.step import posterior_letters
 from fastdiff.schedule import Levels, Schedule
 
 Letters = dict[str, Tensor]
+FEW = 15  #: a run of fewer steps ends with steps of lower order, where the solver is Lu et al.'s or DEIS
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,12 @@ def edm(
     """Heun's method with churn (Karras et al. 2022, algorithm 2; the defaults are theirs for ImageNet, table 5).
 
     A step between the levels s_tmin and s_tmax first adds noise, to a level that is at most (sqrt 2) - 1 higher and not
-    above the start. That noise is the last thing in the row before.
+    above the first that holds signal. That noise is the last thing in the row before.
     """
     check(s_churn >= 0 and s_noise >= 0, f"s_churn and s_noise must not be negative, got {s_churn}, {s_noise}")
     ratio, most = (grid.sigma / grid.alpha)[:-1], min(s_churn / len(grid.h), math.sqrt(2) - 1)
     raised = torch.where((ratio >= s_tmin) & (ratio <= s_tmax), (1 + most) * ratio, ratio)
-    raised = torch.where(raised > ratio[0], ratio, raised)
+    raised = torch.where(raised > ratio.nan_to_num(posinf=0.0).max(), ratio, raised)
     t = torch.where(raised > ratio, grid.schedule.timestep_of(-2 * raised.log()), grid.t[:-1])
     levels = grid.schedule.at(t)
     letters = _trapezoid(grid, levels.alpha, levels.sigma, t)
@@ -280,13 +281,16 @@ def dpmpp_3m_true(grid: Grid) -> Letters:
 
 
 def _multistep(grid: Grid, orders: list[Callable[..., list[Tensor]]], eta: float) -> Letters:
-    """Steps on x0 extrapolated from those that are remembered: as many as there are, none over an infinite step."""
+    """Steps on x0 extrapolated from those that are remembered: as many as there are, none over an infinite step.
+
+    A run of few steps ends with lower orders.
+    """
     _, sigma, alpha_next, sigma_next = grid.steps
     h = grid.h
     a, b, s = _transfer(sigma, alpha_next, sigma_next, h, eta)
     weights = torch.zeros(3, len(h), dtype=torch.float64)
     for order, weigh in enumerate(orders, 1):
-        at = torch.arange(len(h))[order - 1 :]
+        at = torch.arange(len(h))[order - 1 : None if len(h) >= FEW else len(h) - order + 1]
         at = at[torch.stack([torch.isfinite(h[at - back]) for back in range(order)]).all(0) | (order == 1)]
         of = weigh((1 + eta) * h[at], *(h[at] / h[at - back] for back in range(1, order)))
         weights[:order, at] = torch.stack(of)
@@ -361,7 +365,7 @@ def _unified(h: Tensor, nodes: Tensor, variant: str) -> Tensor:
 def deis(grid: Grid, *, order: int = 3) -> Letters:
     """DEIS of order 1 to 4 (Zhang & Chen 2023, the log-rho form): Adams-Bashforth on the slope over log(level)."""
     check(order in (1, 2, 3, 4), f"order must lie in 1...4, got {order}")
-    return _adams(grid, order, torch.log, torch.exp)
+    return _adams(grid, order, torch.log, torch.exp, gentle=True)
 
 
 def lms(grid: Grid, *, order: int = 4) -> Letters:
@@ -371,11 +375,16 @@ def lms(grid: Grid, *, order: int = 4) -> Letters:
 
 
 def _adams(
-    grid: Grid, order: int, variable: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]
+    grid: Grid,
+    order: int,
+    variable: Callable[[Tensor], Tensor],
+    inverse: Callable[[Tensor], Tensor],
+    gentle: bool = False,
 ) -> Letters:
     """The integral over the level of the polynomial in ``variable`` through the slopes that are remembered.
 
-    ``inverse`` is the derivative of the level by the variable. Gauss's rule is exact here to the last digits.
+    ``inverse`` is the derivative of the level by the variable. Gauss's rule is exact here to the last digits. A
+    ``gentle`` run of few steps ends with lower orders.
     """
     scale, scale_next = grid.scale[:-1], grid.scale[1:]
     u, v = slope_of(scale, grid.sigma[:-1])
@@ -383,7 +392,8 @@ def _adams(
     weights = torch.zeros(4, len(u), dtype=torch.float64)
     weights[0] = grid.level.diff()
     for i in range(1, len(u)):
-        used = min(order, i + 1) if torch.isfinite(x[i + 1]) else 1
+        left = len(u) - i if gentle and len(u) < FEW else order
+        used = min(order, i + 1, left) if torch.isfinite(x[i + 1]) else 1
         if used > 1:
             nodes, half = x[i - torch.arange(used)], (x[i + 1] - x[i]) / 2
             at = x[i] + half * (1 + places)

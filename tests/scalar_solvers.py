@@ -139,7 +139,8 @@ def edm(
     def raised(i: int) -> float:
         ratio = ratio_of(levels[i])
         more = min(s_churn / path.n, math.sqrt(2) - 1) if s_tmin <= ratio <= s_tmax else 0.0
-        return ratio * (1 + more) if ratio * (1 + more) <= ratio_of(levels[0]) else ratio
+        highest = max(filter(math.isfinite, map(ratio_of, levels)))
+        return ratio * (1 + more) if ratio * (1 + more) <= highest else ratio
 
     def churned(i: int, x: float, z: float) -> float:
         before, after = ratio_of(levels[i]), raised(i)
@@ -226,7 +227,8 @@ def dpmpp_2m(levels: Levels, x: float, estimate: Estimate, noise: list[float], e
     for i, (level, following) in enumerate(itertools.pairwise(levels)):
         x0 = estimate(i, x)
         h = half_log_snr(following) - half_log_snr(level)
-        slope = 0.0 if last_h == math.inf or h == math.inf else (x0 - last_x0) / last_h
+        plain = last_h == math.inf or h == math.inf or (len(levels) <= 15 and i == len(levels) - 2)
+        slope = 0.0 if plain else (x0 - last_x0) / last_h
         ahead = x0 + h / 2 * slope if slope else x0
         x = following[1] / level[1] * (math.exp(-eta * h) if eta else 1.0) * x
         x = x - following[0] * math.expm1(-(1 + eta) * h) * ahead
@@ -243,6 +245,7 @@ def dpmpp_3m(levels: Levels, x: float, estimate: Estimate, noise: list[float], t
         kept = [(lam[i], x0), *kept[:2]]
         h = lam[i + 1] - lam[i]
         known = [(at, m) for at, m in kept if math.isfinite(at)] if math.isfinite(h) else []
+        known = known[: len(levels) - 1 - i] if len(levels) <= 15 else known
         linear = following[1] / level[1] * x
         if len(known) < 2:
             x = linear - following[0] * math.expm1(-h) * x0
@@ -337,7 +340,8 @@ def adams(
         if logarithmic and high == 0:
             step = (high - low) * kept[0][1]
         elif logarithmic:
-            points = [(math.log(at), slope) for at, slope in kept]
+            left = path.n - i if path.n < 15 else order
+            points = [(math.log(at), slope) for at, slope in kept[:left]]
             step = integral(np.exp, points, math.log(low), math.log(high))
         else:
             step = integral(np.ones_like, kept, low, high)
