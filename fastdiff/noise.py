@@ -105,6 +105,35 @@ def normal(
     return result
 
 
+def slerp(a: Tensor, b: Tensor, share: Tensor | float) -> Tensor:
+    """From noise ``a`` to noise ``b`` along the great circle (Shoemake 1985; Song et al. 2021, eq. 67).
+
+    What lies between is as long as noise is, which a straight mean is not: deterministic solvers make images of it.
+
+    Args:
+        a, b: ``[N, ...]``, alike.
+        share: of ``b``, 0 ... 1, one or ``[N]``.
+
+    Raises:
+        InputError: tensors that are not alike.
+    """
+    check(
+        a.shape == b.shape and a.ndim >= 2, f"a and b must be alike, [N, ...], got {list(a.shape)} and {list(b.shape)}"
+    )
+    share = torch.as_tensor(share, dtype=torch.float64, device=a.device)
+    check(
+        share.ndim == 0 or share.shape == a.shape[:1], f"share must be one or one per sample, got {list(share.shape)}"
+    )
+    x, y = a.double().flatten(1), b.double().flatten(1)
+    cosine = torch.nn.functional.cosine_similarity(x, y).clamp(-1, 1)
+    angle = cosine.arccos()
+    # Where the circle has no direction, of parallel vectors, it is the straight line.
+    plain = angle.sin() < 1e-6
+    first = torch.where(plain, 1 - share, ((1 - share) * angle).sin() / angle.sin())
+    second = torch.where(plain, share * torch.ones_like(angle), (share * angle).sin() / angle.sin())
+    return (first[:, None] * x + second[:, None] * y).reshape(a.shape).to(a.dtype)
+
+
 def draw(shape: Sequence[int], place: Address, device: torch.device) -> Tensor:
     """The normals of an address in float64: the reference form."""
     elements = math.prod(shape[1:])

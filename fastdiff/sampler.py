@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -47,6 +48,10 @@ class Sampler:
         spacing: ``trailing`` | ``leading`` | ``linspace`` | ``karras`` | ``exponential`` | ``beta``.
         guidance_scale: s of uncond + s (cond - uncond); 1 is the conditional model alone, the paper's w is
             s - 1 (Ho & Salimans 2022, eq. 6). One, or one for each step.
+        guidance_interval: the lowest and highest sigma / alpha at which there is guidance (Kynkäänniemi et al. 2024);
+            elsewhere the network is asked once. None for everywhere.
+        strength: share of the steps that are taken, the last ones, in (0, 1]: how far an ``image`` is taken back to
+            noise (SDEdit, Meng et al. 2022). Below 1 a call needs an ``image`` or ``x``.
         clip: bound of the estimate of x0 in every row, 1.0 for images in [-1, 1]; None for no bound.
         final: where a run ends: at ``zero`` noise, or ``minimal``, at that of the schedule's timestep 0.
         dtype: of the state, float32, or float64 for the reference in float64.
@@ -69,6 +74,8 @@ class Sampler:
         guidance_scale: float | Sequence[float] = 1.0,
         clip: float | None = None,
         *,
+        guidance_interval: Sequence[float] | None = None,
+        strength: float = 1.0,
         final: str = "zero",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -84,9 +91,19 @@ class Sampler:
         self.device = torch.device(device or ("cpu" if parameter is None else parameter.device))
         # The network gets its input in its own precision, the state keeps its own.
         self._input_dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else dtype
-        self.timesteps = diffusion.schedule.timesteps(steps, spacing)
+        valid = isinstance(strength, Real) and 0 < strength <= 1
+        check(valid, f"strength must lie in (0, 1], got {strength!r}")
+        timesteps = diffusion.schedule.timesteps(steps, spacing)
+        self.strength, self.timesteps = strength, timesteps[-max(1, int(len(timesteps) * strength)) :]
         self.table = build_table(
-            diffusion, self.timesteps, solver, guidance_scale=guidance_scale, clip=clip, final=final, **options
+            diffusion,
+            self.timesteps,
+            solver,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            clip=clip,
+            final=final,
+            **options,
         )
         self._table = self.table.tensor(self.device, dtype)
         wide = torch.promote_types(self._input_dtype, torch.float32)  # times have more digits than bf16
@@ -99,6 +116,7 @@ class Sampler:
         seed: noises.Seed = 0,
         sample: Sequence[int] | Tensor | None = None,
         x: Tensor | None = None,
+        image: Tensor | None = None,
         uncond: dict[str, Any] | None = None,
         callback: Callable[[State], object] | None = None,
         progress: bool = False,
@@ -111,7 +129,8 @@ class Sampler:
         Args:
             seed: one for the batch, or one per sample; the noise of sample k of a seed is the same in any batch.
             sample: ids of the samples, default 0 ... N-1: to draw samples 64 ... 127 of a seed, pass those ids.
-            x: the noise to start from instead of the seed's, shape ``shape``.
+            x: the state to start from instead of the seed's noise, shape ``shape``.
+            image: an x0 to start from, noised to the level of the first step, shape ``shape``.
             uncond: the null condition, by the names of ``cond``; may be left out for models that know theirs.
             callback: called with the :class:`State` after each row.
             progress: show a progress bar on standard error.
@@ -119,7 +138,7 @@ class Sampler:
         """
         check(callback is None or callable(callback), f"callback must be callable, got {type(callback).__name__}")
         state = None
-        rows = self.iterate(shape, seed=seed, sample=sample, x=x, uncond=uncond, **cond)
+        rows = self.iterate(shape, seed=seed, sample=sample, x=x, image=image, uncond=uncond, **cond)
         for state in show(rows, len(self.table), "sampling", enabled=progress):
             if callback is not None:
                 callback(state)
@@ -133,6 +152,7 @@ class Sampler:
         seed: noises.Seed = 0,
         sample: Sequence[int] | Tensor | None = None,
         x: Tensor | None = None,
+        image: Tensor | None = None,
         uncond: dict[str, Any] | None = None,
         **cond: Any,
     ) -> Iterator[State]:
@@ -143,7 +163,7 @@ class Sampler:
         guidance = ClassifierFree(self._network, cond, uncond)
         if (self.table.rows.w != 1).any():
             guidance.uncond  # noqa: B018 - raises now rather than at some row
-        start = self._start(shape, seed, sample, x)
+        start = self._start(shape, seed, sample, x, image)
         if self._network is not self.model:
             self._network.refresh(self.model)
         return self._run(start, guidance, seed, sample)
@@ -182,18 +202,30 @@ class Sampler:
             yield State(i, self.table.timesteps[i].item(), step.x, step.x0)
 
     def _start(
-        self, shape: tuple[int, ...], seed: noises.Seed, sample: Sequence[int] | Tensor | None, x: Tensor | None
+        self,
+        shape: tuple[int, ...],
+        seed: noises.Seed,
+        sample: Sequence[int] | Tensor | None,
+        x: Tensor | None,
+        image: Tensor | None,
     ) -> Tensor:
         """x at the first timestep: unit variance for variance-preserving schedules, sigma otherwise."""
+        check(x is None or image is None, "give either x or image to start from")
+        for name, given in (("x", x), ("image", image)):
+            if given is not None:
+                check_floating(name, given)
+                check(given.shape == shape, f"{name} must have shape {list(shape)}, got {list(given.shape)}")
         if x is not None:
-            check_floating("x", x)
-            check(x.shape == shape, f"x must have shape {list(shape)}, got {list(x.shape)}")
             return x.to(self.device, self.dtype)
         check(self.solver != "ddim_inverse", "ddim_inverse starts from images: pass them as x")
+        check(image is not None or self.strength == 1, f"a run of strength {self.strength} starts from an image or x")
         stream = noises.Stream.INITIAL
         noise = noises.normal(shape, seed=seed, sample=sample, stream=stream, device=self.device, dtype=self.dtype)
-        schedule = self.diffusion.schedule
-        return noise if schedule.variance_preserving else noise * float(schedule.sigma[self.timesteps[0]])
+        schedule, t = self.diffusion.schedule, int(self.timesteps[0])
+        if image is not None:
+            levels = float(schedule.alpha[t]), float(schedule.sigma[t])
+            return ops.add_noise(image.to(self.device, self.dtype), *levels, noise)
+        return noise if schedule.variance_preserving else noise * float(schedule.sigma[t])
 
     def _check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         sizes = tuple(shape) if isinstance(shape, Sequence) else ()

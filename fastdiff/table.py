@@ -58,6 +58,7 @@ def build_table(
     solver: str = "ddim",
     *,
     guidance_scale: float | Sequence[float] = 1.0,
+    guidance_interval: Sequence[float] | None = None,
     clip: float | None = None,
     final: str = "zero",
     **options: Any,
@@ -67,6 +68,7 @@ def build_table(
     Args:
         timesteps: int64 ``[N]``, strictly descending.
         guidance_scale: one, or one for each step.
+        guidance_interval: the lowest and highest sigma / alpha at which there is guidance; None for everywhere.
         clip: bound of the estimate of x0, None for no bound.
         final: where the run ends: ``zero`` noise, or ``minimal``, the schedule's timestep 0, of which the network is
             then not asked.
@@ -96,6 +98,10 @@ def build_table(
     p, q = rows.to_x0(diffusion.prediction, level.alpha, level.sigma)
     step = letters.pop("step", (timesteps >= t[:, None]).sum(1) - 1).clamp(0, len(timesteps) - 1)
     w = _scales(guidance_scale, len(timesteps))[step.long()]
+    if guidance_interval is not None:
+        low, high = _interval(guidance_interval)
+        ratio = level.sigma / level.alpha
+        w = torch.where((ratio >= low) & (ratio <= high), w, 1.0)
     table = rows.make_table(len(t), p=p, q=q, w=w, c_in=level.c_in, clip=check_clip(clip), **letters)
     return _step_table(table, level.c_noise, t)
 
@@ -132,6 +138,15 @@ def _scales(guidance_scale: float | Sequence[float], steps: int) -> Tensor:
     )
     check(bool(torch.isfinite(scales).all()), f"guidance_scale must be finite, got {guidance_scale}")
     return scales.expand(steps)
+
+
+def _interval(interval: Sequence[float]) -> tuple[float, float]:
+    try:
+        low, high = map(float, interval)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    check(0 <= low <= high, f"guidance_interval must be the lowest and highest sigma / alpha, got {interval}")
+    return low, high
 
 
 def _step_table(table: Tensor, times: Tensor, t: Tensor) -> StepTable:

@@ -310,6 +310,91 @@ def test_a_condition_that_is_no_tensor_has_its_null_respected() -> None:
     assert torch.equal(got, make(model)((4, 3), level=0.0))
 
 
+def test_guidance_in_an_interval_of_noise() -> None:
+    """Outside it the scale is 1 and the network is asked once."""
+    model = Recorder()
+    sampler = make(model, "ddim", 10, guidance_scale=3.0, guidance_interval=(0.5, 2.0))
+    schedule = sampler.diffusion.schedule
+    ratio = (schedule.sigma / schedule.alpha)[sampler.timesteps]
+    inside = (ratio >= 0.5) & (ratio <= 2.0)
+    assert 0 < int(inside.sum()) < 10
+    assert sampler.table.rows.w.tolist() == [3.0 if here else 1.0 for here in inside]
+    sampler((4, 3), uncond=NULL, **LABELS)
+    assert [len(call.x) for call in model.calls] == [8 if here else 4 for here in inside]
+
+
+# ---- image to image -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SAMPLING)
+@pytest.mark.parametrize("strength", [0.1, 0.55, 1.0])
+def test_an_image_is_noised_to_the_first_level_and_denoised(solver: str, strength: float) -> None:
+    """With the noise of the seed; what follows is a run from that state."""
+    sampler = make(Recorder(), solver, 10, strength=strength, dtype=torch.float64)
+    schedule = sampler.diffusion.schedule
+    assert torch.equal(sampler.timesteps, schedule.timesteps(10)[-max(1, int(10 * strength)) :])
+    image = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+    noise = fd.noise.normal((4, 3), seed=5, stream=Stream.INITIAL, dtype=torch.float64)
+    t = int(sampler.timesteps[0])
+    start = schedule.alpha[t] * image + schedule.sigma[t] * noise
+    assert torch.equal(sampler((4, 3), seed=5, image=image), sampler((4, 3), seed=5, x=start))
+
+
+def test_an_image_of_the_data_stays_the_more_the_weaker_the_run() -> None:
+    """Data at two points: a weak run keeps the side of the image, and all end on a point."""
+    points = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    data = Mixture(torch.tensor([0.5, 0.5]).double(), points, torch.full((2,), 0.05).double())
+    diffusion = fd.Diffusion(fd.Schedule.cosine(1000))
+    image = torch.full((2000, 2), 0.8, dtype=torch.float64)
+    kept = []
+    for strength in (0.2, 0.6, 1.0):
+        sampler = fd.Sampler(
+            model_of(data, diffusion), diffusion, "dpmpp_2m", 50, strength=strength, dtype=torch.float64
+        )
+        x = sampler(image.shape, seed=0, image=image)
+        assert (x.abs() - 1).abs().mean() < 0.1
+        kept.append(float((x[:, 0] > 0).double().mean()))
+    assert kept[0] > 0.99
+    assert 0.55 < kept[1] < 0.999
+    assert kept[2] == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_weak_run_needs_something_to_start_from() -> None:
+    with pytest.raises(fd.InputError, match=r"a run of strength 0\.5 starts from an image or x"):
+        make(strength=0.5)((4, 3))
+    assert make(strength=0.5)((4, 3), x=torch.zeros(4, 3)).shape == (4, 3)
+
+
+def test_an_image_is_found_again_by_runs_of_the_same_strength() -> None:
+    data = Mixture.random(2, seed=3)
+    diffusion = fd.Diffusion(fd.Schedule.cosine(1000))
+    there, back = (
+        fd.Sampler(model_of(data, diffusion), diffusion, solver, 200, strength=0.5, dtype=torch.float64)
+        for solver in ("ddim_inverse", "ddim")
+    )
+    image = torch.randn(16, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    noised = there(image.shape, x=image)
+    assert (noised - image).abs().max() > 0.1
+    assert (back(image.shape, x=noised) - image).abs().max() < 0.05
+
+
+def test_the_way_between_two_noises() -> None:
+    a, b = (fd.noise.normal((3, 1000), seed=seed, dtype=torch.float64) for seed in (0, 1))
+    assert torch.allclose(fd.noise.slerp(a, b, 0.0), a)
+    assert torch.allclose(fd.noise.slerp(a, b, 1.0), b)
+    unit = [n / n.norm(dim=1, keepdim=True) for n in (a, b)]
+    between = fd.noise.slerp(*unit, torch.tensor([0.25, 0.5, 0.75]))
+    assert torch.allclose(between.norm(dim=1), torch.ones(3).double())
+    angles = [(between * n).sum(1).arccos() for n in (*unit,)]
+    assert torch.allclose(angles[0] / (angles[0] + angles[1]), torch.tensor([0.25, 0.5, 0.75]).double())
+    assert torch.allclose(fd.noise.slerp(a, 2 * a, 0.5), 1.5 * a)
+    assert fd.noise.slerp(a.float(), b.float(), 0.3).dtype == torch.float32
+    with pytest.raises(fd.InputError, match="a and b must be alike"):
+        fd.noise.slerp(a, b[:2], 0.5)
+    with pytest.raises(fd.InputError, match="share must be one or one per sample"):
+        fd.noise.slerp(a, b, torch.zeros(2))
+
+
 # ---- clipping, states, callbacks ------------------------------------------------------------
 
 
@@ -540,6 +625,15 @@ BAD_SAMPLERS = {
     "half precision state": {"dtype": torch.float16},
     "epsilon from pure noise": {"prediction": "epsilon", "schedule": fd.Schedule.flow(100)},
     "a model that is none": {"model": 3},
+    "strength zero": {"strength": 0.0},
+    "strength above one": {"strength": 1.5},
+    "strength not a number": {"strength": math.nan},
+    "strength in words": {"strength": "half"},
+    "an interval the wrong way round": {"guidance_interval": (2.0, 1.0)},
+    "an interval of one": {"guidance_interval": (2.0,)},
+    "an interval that is a number": {"guidance_interval": 2.0},
+    "an interval not a number": {"guidance_interval": (math.nan, 1.0)},
+    "an unknown end": {"final": "last"},
 }
 BAD_CALLS = {
     "no channels": {"shape": (4,)},
@@ -559,6 +653,9 @@ BAD_CALLS = {
     "x of another shape": {"x": torch.zeros(4, 2)},
     "x of whole numbers": {"x": torch.zeros(4, 3, dtype=torch.int64)},
     "x that is no tensor": {"x": [[0.0] * 3] * 4},
+    "x and an image": {"x": torch.zeros(4, 3), "image": torch.zeros(4, 3)},
+    "an image of another shape": {"image": torch.zeros(4, 2)},
+    "an image of whole numbers": {"image": torch.zeros(4, 3, dtype=torch.int64)},
     "labels for another batch": {"y": torch.zeros(3), "uncond": NULL},
     "guidance without a condition": {"y": None},
     "guidance without a null": {"uncond": None},
