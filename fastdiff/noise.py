@@ -36,6 +36,7 @@ class Stream(IntEnum):
     LIKELIHOOD = 5  #: forward noising in bits_per_dim; step = timestep
     ORDER = 6  #: the order of the training data; step = epoch
     NETWORK = 7  #: dropout inside the network; step = training step
+    KNOWN = 8  #: forward noising of what is known in inpainting; step = row of the solver table
 
 
 class Address(NamedTuple):

@@ -53,6 +53,8 @@ class Sampler:
         strength: share of the steps that are taken, the last ones, in (0, 1]: how far an ``image`` is taken back to
             noise (SDEdit, Meng et al. 2022). Below 1 a call needs an ``image`` or ``x``.
         clip: bound of the estimate of x0 in every row, 1.0 for images in [-1, 1]; None for no bound.
+        resample: ``(length, times)`` for inpainting: every ``length`` steps are taken ``times`` times, so that what is
+            made fits what is known (RePaint, Lugmayr et al. 2022). Of ddpm, ddim, euler, euler_a and lcm.
         final: where a run ends: at ``zero`` noise, or ``minimal``, at that of the schedule's timestep 0.
         dtype: of the state, float32, or float64 for the reference in float64.
         device: default, where the model's first parameter is.
@@ -76,6 +78,7 @@ class Sampler:
         *,
         guidance_interval: Sequence[float] | None = None,
         strength: float = 1.0,
+        resample: tuple[int, int] | None = None,
         final: str = "zero",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -103,6 +106,7 @@ class Sampler:
             guidance_interval=guidance_interval,
             clip=clip,
             final=final,
+            resample=resample,
             **options,
         )
         self._table = self.table.tensor(self.device, dtype)
@@ -117,6 +121,7 @@ class Sampler:
         sample: Sequence[int] | Tensor | None = None,
         x: Tensor | None = None,
         image: Tensor | None = None,
+        keep: Tensor | None = None,
         uncond: dict[str, Any] | None = None,
         callback: Callable[[State], object] | None = None,
         progress: bool = False,
@@ -131,6 +136,9 @@ class Sampler:
             sample: ids of the samples, default 0 ... N-1: to draw samples 64 ... 127 of a seed, pass those ids.
             x: the state to start from instead of the seed's noise, shape ``shape``.
             image: an x0 to start from, noised to the level of the first step, shape ``shape``.
+            keep: where the ``image`` is kept and the rest is made to fit (inpainting, Song et al. 2021, appendix I.2):
+                bool, broadcast to ``shape``. There each row is given the image with noise of its level, and in the end
+                the image.
             uncond: the null condition, by the names of ``cond``; may be left out for models that know theirs.
             callback: called with the :class:`State` after each row.
             progress: show a progress bar on standard error.
@@ -138,7 +146,7 @@ class Sampler:
         """
         check(callback is None or callable(callback), f"callback must be callable, got {type(callback).__name__}")
         state = None
-        rows = self.iterate(shape, seed=seed, sample=sample, x=x, image=image, uncond=uncond, **cond)
+        rows = self.iterate(shape, seed=seed, sample=sample, x=x, image=image, keep=keep, uncond=uncond, **cond)
         for state in show(rows, len(self.table), "sampling", enabled=progress):
             if callback is not None:
                 callback(state)
@@ -153,6 +161,7 @@ class Sampler:
         sample: Sequence[int] | Tensor | None = None,
         x: Tensor | None = None,
         image: Tensor | None = None,
+        keep: Tensor | None = None,
         uncond: dict[str, Any] | None = None,
         **cond: Any,
     ) -> Iterator[State]:
@@ -163,21 +172,29 @@ class Sampler:
         guidance = ClassifierFree(self._network, cond, uncond)
         if (self.table.rows.w != 1).any():
             guidance.uncond  # noqa: B018 - raises now rather than at some row
+        known = None if keep is None else self._known(shape, seed, sample, image, keep)
+        if keep is not None and image is not None and self.strength == 1:
+            image = torch.where(keep.to(image.device), image, 0.0)  # nothing is known of the rest
         start = self._start(shape, seed, sample, x, image)
         if self._network is not self.model:
             self._network.refresh(self.model)
-        return self._run(start, guidance, seed, sample)
+        return self._run(start, guidance, seed, sample, known)
 
     @torch.no_grad()
     def _run(
-        self, x: Tensor, guidance: ClassifierFree, seed: noises.Seed, sample: Sequence[int] | Tensor | None
+        self,
+        x: Tensor,
+        guidance: ClassifierFree,
+        seed: noises.Seed,
+        sample: Sequence[int] | Tensor | None,
+        known: Callable[[Tensor, int], Tensor] | None,
     ) -> Iterator[State]:
-        rows = self.table.rows
+        rows, c_in = self.table.rows, LETTERS.index("c_in")
         step = ops.Step(
             x,
             history=tuple(torch.zeros_like(x) for _ in range(self.table.history)),
             anchor=torch.zeros_like(x) if self.table.anchored else None,
-            input=(x * self._table[0, LETTERS.index("c_in")]).to(self._input_dtype),
+            input=(x * self._table[0, c_in]).to(self._input_dtype),
         )
         # The network is given the state itself, unless it is scaled or the network has another precision.
         input_dtype = None if self._input_dtype == self.dtype and (rows.c_in == 1).all() else self._input_dtype
@@ -196,10 +213,47 @@ class Sampler:
                 anchor=step.anchor,
                 seed=seed if noisy else None,
                 sample=sample if noisy else None,
-                input_dtype=input_dtype,
+                input_dtype=input_dtype if known is None else None,
             )
+            if known is not None:
+                x = known(step.x, i)
+                after = min(i + 1, len(rows) - 1)
+                step = step._replace(x=x, input=(x * self._table[after, c_in]).to(self._input_dtype))
             assert step.x0 is not None
             yield State(i, self.table.timesteps[i].item(), step.x, step.x0)
+
+    def _known(
+        self,
+        shape: tuple[int, ...],
+        seed: noises.Seed,
+        sample: Sequence[int] | Tensor | None,
+        image: Tensor | None,
+        keep: Tensor,
+    ) -> Callable[[Tensor, int], Tensor]:
+        """What puts the image, with noise of the level after a row, where it is kept."""
+        check(image is not None, "keep says where an image is kept: pass the image")
+        assert image is not None
+        check(
+            isinstance(keep, Tensor) and keep.dtype == torch.bool, "keep must be a bool tensor, True where it is kept"
+        )
+        fits = keep.ndim <= len(shape) and all(n in (1, m) for n, m in zip(keep.shape[::-1], shape[::-1], strict=False))
+        check(fits, f"keep must broadcast to {list(shape)}, got {list(keep.shape)}")
+        kept, x0 = keep.to(self.device), image.to(self.device, self.dtype)
+        alpha, sigma = (level.tolist() for level in self.table.after)
+
+        def known(x: Tensor, row: int) -> Tensor:
+            noise = noises.normal(
+                shape,
+                seed=seed,
+                step=row,
+                sample=sample,
+                stream=noises.Stream.KNOWN,
+                device=self.device,
+                dtype=self.dtype,
+            )
+            return torch.where(kept, ops.add_noise(x0, alpha[row], sigma[row], noise), x)
+
+        return known
 
     def _start(
         self,

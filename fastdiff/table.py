@@ -15,7 +15,7 @@ from fastdiff.errors import InputError, check, choose
 from fastdiff.ops import row as rows
 from fastdiff.ops.checks import check_clip
 from fastdiff.schedule import Schedule
-from fastdiff.solvers import SOLVERS, Grid
+from fastdiff.solvers import SOLVERS, Grid, Letters
 
 FINALS = ("zero", "minimal")
 
@@ -29,11 +29,13 @@ class StepTable:
             the letters of :mod:`fastdiff.ops.row` (``clip``, which is also a method, as ``rows["clip"]``), and
             ``rows.t``, the time the network is told.
         timesteps: ``[R]``, the schedule's timestep of each row: int64, or float64 if solvers go between them.
+        after: alpha and sigma ``[R]`` of the state that each row leaves.
         history, anchored: how many of h1 h2 h3 the rows use, and whether they use the anchor.
     """
 
     rows: np.recarray[Any, Any]
     timesteps: Tensor
+    after: tuple[Tensor, Tensor]
     history: int
     anchored: bool
 
@@ -61,6 +63,7 @@ def build_table(
     guidance_interval: Sequence[float] | None = None,
     clip: float | None = None,
     final: str = "zero",
+    resample: tuple[int, int] | None = None,
     **options: Any,
 ) -> StepTable:
     """The table of a run: the solver's letters, and guidance, prediction type and clipping.
@@ -72,6 +75,8 @@ def build_table(
         clip: bound of the estimate of x0, None for no bound.
         final: where the run ends: ``zero`` noise, or ``minimal``, the schedule's timestep 0, of which the network is
             then not asked.
+        resample: ``(length, times)``: every so many steps are taken so many times, each time from noise that is put
+            back on (Lugmayr et al. 2022, algorithm 1). Of solvers that remember nothing.
         options: the solver's own, for instance ``eta``.
 
     Raises:
@@ -89,6 +94,8 @@ def build_table(
         letters = SOLVERS[solver](grid, **options)
     except TypeError as error:
         raise InputError(f"solver {solver}: {error}") from None
+    if resample is not None:
+        letters = resampled(solver, letters, grid, resample)
     t = letters.pop("t", grid.t[: len(grid.h)])
     level = schedule.at(t)
     check(
@@ -103,7 +110,36 @@ def build_table(
         ratio = level.sigma / level.alpha
         w = torch.where((ratio >= low) & (ratio <= high), w, 1.0)
     table = rows.make_table(len(t), p=p, q=q, w=w, c_in=level.c_in, clip=check_clip(clip), **letters)
-    return _step_table(table, level.c_noise, t)
+    end = 0 if solver == "ddim_inverse" else -1
+    after = [
+        torch.cat((way[1:], ends[end, None])) for way, ends in ((level.alpha, grid.alpha), (level.sigma, grid.sigma))
+    ]
+    return _step_table(table, level.c_noise, t, after)
+
+
+def resampled(solver: str, letters: Letters, grid: Grid, resample: tuple[int, int]) -> Letters:
+    """The rows again and again: the last of a repeated piece also puts the noise back that the piece took off.
+
+    Raises:
+        InputError: a length or a number below 1; a solver that remembers, goes between the levels or learned its noise.
+    """
+    pair = isinstance(resample, Sequence) and len(resample) == 2
+    valid = pair and all(isinstance(value, int) and value >= 1 for value in resample)
+    check(valid, f"resample must be (steps of a piece, times it is taken), whole numbers, got {resample!r}")
+    fixed = not any(letters[bound].any() for bound in ("lo", "hi") if bound in letters)
+    alone = fixed and letters.keys() <= {"a", "b", "s", "lo", "hi"}
+    check(alone, f"resample needs ddpm with a fixed variance, ddim, euler, euler_a or lcm, not this {solver}")
+    (length, times), n = resample, len(grid.h)
+    at, back = [], []  # the rows, and the level that each goes back to
+    for first in range(0, n, length):
+        piece = list(range(first, min(first + length, n)))
+        at += piece * times
+        back += ([step + 1 for step in piece[:-1]] + [first]) * (times - 1) + [step + 1 for step in piece]
+    taken = {name: column[at] for name, column in letters.items()}
+    factor = grid.alpha[back] / grid.alpha[[step + 1 for step in at]]
+    put_on = grid.sigma[back] ** 2 - (factor * grid.sigma[[step + 1 for step in at]]) ** 2
+    s = ((factor * taken.get("s", torch.zeros(()))) ** 2 + put_on).clamp(min=0).sqrt()
+    return {**taken, "a": factor * taken["a"], "b": factor * taken["b"], "s": s, "t": grid.t[at]}
 
 
 def grid_of(schedule: Schedule, timesteps: Tensor, final: str = "zero") -> Grid:
@@ -149,7 +185,7 @@ def _interval(interval: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _step_table(table: Tensor, times: Tensor, t: Tensor) -> StepTable:
+def _step_table(table: Tensor, times: Tensor, t: Tensor, after: list[Tensor]) -> StepTable:
     columns = (times.double(), *table.unbind(1))
     record = np.rec.fromarrays(  # type: ignore[call-overload]
         [column.numpy() for column in columns], names=("t", *rows.LETTERS)
@@ -157,4 +193,4 @@ def _step_table(table: Tensor, times: Tensor, t: Tensor) -> StepTable:
     used = [letter for letter in ("c1", "c2", "c3") if np.any(record[letter])]
     anchored = bool(np.any(record.e))
     timesteps = t.long() if bool((t == t.round()).all()) else t
-    return StepTable(record, timesteps, int(used[-1][1]) if used else 0, anchored)
+    return StepTable(record, timesteps, (after[0], after[1]), int(used[-1][1]) if used else 0, anchored)

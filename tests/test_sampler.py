@@ -378,6 +378,67 @@ def test_an_image_is_found_again_by_runs_of_the_same_strength() -> None:
     assert (back(image.shape, x=noised) - image).abs().max() < 0.05
 
 
+# ---- inpainting -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SAMPLING)
+def test_what_is_kept_has_the_level_of_each_row_and_ends_as_it_was(solver: str) -> None:
+    keep = torch.tensor([True, False, False])
+    sampler = make(Recorder(), solver, 6, dtype=torch.float64)
+    alpha, sigma = sampler.table.after
+    image = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+    states = list(sampler.iterate((4, 3), seed=3, image=image, keep=keep))
+    for state in states:
+        z = fd.noise.normal((4, 3), seed=3, step=state.step, stream=Stream.KNOWN, dtype=torch.float64)
+        expected = alpha[state.step] * image + sigma[state.step] * z
+        assert torch.equal(state.x[:, 0], expected[:, 0])
+    assert torch.equal(states[-1].x[:, 0], image[:, 0])
+    other = torch.where(keep, image, 9.0)
+    assert torch.equal(sampler((4, 3), seed=3, image=other, keep=keep), states[-1].x), (
+        "the rest of the image is not seen"
+    )
+
+
+def inpainted(solver: str, steps: int, **options: Any) -> tuple[Tensor, float]:
+    """The unknown coordinate of a correlated Gaussian by runs that know the other one, and what it is correlated by."""
+    share, keep = 0.8, torch.tensor([True, False])
+
+    def denoise(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        covariance = torch.tensor([[1.0, share], [share, 1.0]], dtype=torch.float64)
+        return alpha * x @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(2)).T @ covariance
+
+    diffusion = fd.Diffusion(fd.Schedule.cosine(1000), "sample")
+    schedule = diffusion.schedule
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return denoise(x, schedule.alpha[int(t[0])], schedule.sigma[int(t[0])])
+
+    sampler = fd.Sampler(model, diffusion, solver, steps, dtype=torch.float64, **options)
+    return sampler((20_000, 2), seed=1, image=torch.full((20_000, 2), 1.5), keep=keep), share
+
+
+def test_resampling_makes_what_is_unknown_fit_what_is_known() -> None:
+    """Without it the unknown coordinate's mean falls short of the conditional one; with it, it comes near."""
+    (plain, share), (fitted, _) = inpainted("ddpm", 50), inpainted("ddpm", 50, resample=(5, 10))
+    mean = share * 1.5
+    assert torch.equal(fitted[:, 0], torch.full((20_000,), 1.5).double())
+    off = [abs(float(x[:, 1].mean()) - mean) for x in (plain, fitted)]
+    assert off[0] > 0.1
+    assert off[1] < off[0] / 3
+    assert float(fitted[:, 1].std()) == pytest.approx((1 - share**2) ** 0.5, abs=0.1)
+
+
+def test_resampling_without_anything_known_keeps_the_law() -> None:
+    """Steps down and noise up again, of Gaussian data; ddpm's own error at 400 steps is 0.006 in the deviation."""
+    data = Gaussian(0.7, 0.4)
+    diffusion = fd.Diffusion(fd.Schedule.cosine(1000), "sample")
+    sampler = fd.Sampler(model_of(data, diffusion), diffusion, "ddpm", 400, resample=(3, 4), dtype=torch.float64)
+    assert len(sampler.table) == 1600
+    x = sampler((20_000, 2), seed=0)
+    assert float(x.mean()) == pytest.approx(0.7, abs=0.01)
+    assert float(x.std()) == pytest.approx(0.4, abs=0.012)
+
+
 def test_the_way_between_two_noises() -> None:
     a, b = (fd.noise.normal((3, 1000), seed=seed, dtype=torch.float64) for seed in (0, 1))
     assert torch.allclose(fd.noise.slerp(a, b, 0.0), a)
@@ -634,6 +695,12 @@ BAD_SAMPLERS = {
     "an interval that is a number": {"guidance_interval": 2.0},
     "an interval not a number": {"guidance_interval": (math.nan, 1.0)},
     "an unknown end": {"final": "last"},
+    "resampling once too few": {"resample": (2, 0)},
+    "resampling by a number": {"resample": 3},
+    "resampling by fractions": {"resample": (1.5, 2)},
+    "resampling what remembers": {"solver": "dpmpp_2m", "resample": (2, 2)},
+    "resampling between the levels": {"solver": "heun", "resample": (2, 2)},
+    "resampling learned noise": {"solver": "ddpm", "variance_of": "learned_range", "resample": (2, 2)},
 }
 BAD_CALLS = {
     "no channels": {"shape": (4,)},
@@ -655,6 +722,11 @@ BAD_CALLS = {
     "x that is no tensor": {"x": [[0.0] * 3] * 4},
     "x and an image": {"x": torch.zeros(4, 3), "image": torch.zeros(4, 3)},
     "an image of another shape": {"image": torch.zeros(4, 2)},
+    "kept without an image": {"keep": torch.ones(4, 3, dtype=torch.bool)},
+    "kept by numbers": {"image": torch.zeros(4, 3), "keep": torch.ones(4, 3)},
+    "kept by a list": {"image": torch.zeros(4, 3), "keep": [True, False, True]},
+    "kept of another shape": {"image": torch.zeros(4, 3), "keep": torch.ones(4, 2, dtype=torch.bool)},
+    "kept of more dimensions": {"image": torch.zeros(4, 3), "keep": torch.ones(1, 4, 3, dtype=torch.bool)},
     "an image of whole numbers": {"image": torch.zeros(4, 3, dtype=torch.int64)},
     "labels for another batch": {"y": torch.zeros(3), "uncond": NULL},
     "guidance without a condition": {"y": None},
