@@ -52,7 +52,7 @@ void normal_(py::handle result, py::handle noise, int threads) {
   plan.add_noise(op.noise, noise);
   for (int d = 0; d < lead.ndim; ++d)
     if (lead.shape[d] > 1 && lead.strides[d] == 0) refuse("result is expanded");
-  op.space = plan.space(false);
+  op.space = plan.space(true, &op.noise);
   run(op, plan.device(), threads, kernels->normal, ON_CUDA(normal));
 }
 
@@ -63,7 +63,7 @@ void add_noise_(py::handle x0, py::handle alpha, py::handle sigma, py::handle no
   plan.add_noise(op.noise, noise);
   op.alpha = plan.scalar(alpha, "alpha"), op.sigma = plan.scalar(sigma, "sigma");
   plan.add_result(op.result, result, "out", {&op.x0, &op.noise.given});
-  op.space = plan.space(!op.noise.drawn && !op.alpha.each && !op.sigma.each);
+  op.space = plan.space(!op.alpha.each && !op.sigma.each, &op.noise);
   run(op, plan.device(), threads, kernels->add_noise, ON_CUDA(add_noise));
 }
 
@@ -117,7 +117,7 @@ void affine_step_(py::handle x, py::handle output, py::handle table, py::handle 
   const int64_t indices = !op.row.each ? 1 : plan.device().type == CPU ? plan.samples() : 0;
   for (int64_t i = 0; i < indices; ++i)
     if (of_sample(op.row, i) < 0 || of_sample(op.row, i) >= op.rows) refuse("row is outside the table");
-  op.space = plan.space(!op.row.stride && !op.noise.drawn);
+  op.space = plan.space(!op.row.stride, &op.noise);
   run(op, plan.device(), threads, kernels->affine_step, ON_CUDA(affine_step));
 }
 

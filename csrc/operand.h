@@ -45,11 +45,13 @@ struct Index {
 };
 
 // Address of the noise (seed, step, sample, stream), or the noise itself as an operand. `element` is the
-// row-major index of an element, as an operand without data.
+// row-major index of an element, as an operand without data. Where samples of `together` elements each are walked as
+// one, they have one seed and step.
 struct Noise {
   bool drawn = false, numbered = false;  // numbered: sample n has id n unless `sample` says otherwise
   Index seed, step, sample;
   uint32_t stream = 0;
+  int64_t together = 0;
   Operand given, element;
 };
 
@@ -139,11 +141,14 @@ struct Counter {
   uint32_t step, sample, stream, key0, key1;
 };
 
+FD_HD uint32_t id_of_sample(const Noise& noise, int64_t sample) {
+  return uint32_t(noise.numbered ? sample : of_sample(noise.sample, sample));
+}
+
 FD_HD Counter counter(const Noise& noise, int64_t sample) {
   const uint64_t seed = uint64_t(of_sample(noise.seed, sample));
-  const int64_t id = noise.numbered ? sample : of_sample(noise.sample, sample);
   const uint32_t step = uint32_t(of_sample(noise.step, sample));
-  return {step, uint32_t(id), noise.stream, uint32_t(seed), uint32_t(seed >> 32)};
+  return {step, id_of_sample(noise, sample), noise.stream, uint32_t(seed), uint32_t(seed >> 32)};
 }
 
 }  // namespace fastdiff

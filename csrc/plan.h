@@ -15,6 +15,7 @@ namespace py = pybind11;
 namespace fastdiff {
 namespace {
 
+constexpr int64_t MOST_TOGETHER = 256;  // elements of a sample: more fill the lanes by themselves
 constexpr int64_t MOST_CHANNELS = 256;  // of a walk, channels last, in which noise is drawn a channel at a time
 constexpr int64_t BEYOND_CACHE = 32 << 20;  // bytes of a call that no cache keeps until the next
 
@@ -167,8 +168,9 @@ class Plan {
       refuse(std::string(name) + " is on another device");
   }
 
-  // `uniform`: nothing but position tells one sample from another, so all of them may be walked as one.
-  Space space(bool uniform) {
+  // `uniform`: nothing but position, and the noise where it is drawn, tells one sample from another, so all of them may
+  // be walked as one; on the CPU that is done with noise too if samples are small.
+  Space space(bool uniform, Noise* noise = nullptr) {
     Space space;
     space.samples = samples_, space.elements = elements();
     mark_flat();
@@ -177,9 +179,15 @@ class Plan {
       refuse("tensors on a CUDA device must be contiguous or channels-last, with samples of less than 2^32 elements");
     space.streamed = samples_ * space.elements * count_ * int64_t(sizeof(float)) > BEYOND_CACHE;
     bool one_piece = uniform;
+    if (noise && noise->drawn) {
+      const bool alike = device_.type == CPU && !noise->seed.stride && !noise->step.stride;
+      one_piece = one_piece && alike && space.elements < MOST_TOGETHER;
+      noise->element.sample = space.elements;
+    }
     for (int i = 0; i < count_; ++i)
       one_piece = one_piece && operands_[i]->flat && operands_[i]->sample == space.elements;
     if (one_piece && samples_ > 0) {
+      if (noise && noise->drawn) noise->together = space.elements;
       space.elements *= samples_, space.samples = 1, space.dims = 1, space.size[0] = space.elements;
       for (int i = 0; i < count_; ++i) operands_[i]->stride[0] = 1;
     }

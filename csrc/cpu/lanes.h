@@ -49,17 +49,22 @@ inline void store_past_cache(float* to, Lanes a) { memcpy(to, &a, sizeof a); }
 inline void wait_for_stores() {}
 #endif
 
-// words[j][i], the lower half of each: word j of quad `first` + i.
-inline void philox_block(uint64_t (*words)[BLOCK], uint32_t first, const Counter& at) {
+// Which quads of which samples a block is made of.
+struct Places {
+  alignas(64) uint64_t quad[BLOCK], sample[BLOCK];
+};
+
+// words[j][i], the lower half of each: word j of the quad at place i. MANY: of other samples than the counter's.
+template <bool MANY>
+inline void philox_block(uint64_t (*words)[BLOCK], int count, const Places& places, const Counter& at) {
   constexpr int WIDTH = sizeof(Lanes) / sizeof(uint64_t), GROUP = 4;  // four chains hide the multiplier's latency
-  alignas(64) uint64_t quads[BLOCK];
-  for (int i = 0; i < BLOCK; ++i) quads[i] = uint32_t(first + i);
   const Lanes m0 = all(0xD2511F53u), m2 = all(0xCD9E8D57u);
-  for (int i = 0; i < BLOCK; i += WIDTH * GROUP) {
+  for (int i = 0; i < count; i += WIDTH * GROUP) {
     Lanes c0[GROUP], c1[GROUP], c2[GROUP], c3[GROUP];
     for (int j = 0; j < GROUP; ++j) {
-      memcpy(&c0[j], quads + i + j * WIDTH, sizeof(Lanes));
+      memcpy(&c0[j], places.quad + i + j * WIDTH, sizeof(Lanes));
       c1[j] = all(at.step), c2[j] = all(at.sample), c3[j] = all(at.stream);
+      if (MANY) memcpy(&c2[j], places.sample + i + j * WIDTH, sizeof(Lanes));
     }
     uint32_t k0 = at.key0, k1 = at.key1;
 #pragma GCC unroll 10
@@ -82,16 +87,50 @@ inline void philox_block(uint64_t (*words)[BLOCK], uint32_t first, const Counter
   }
 }
 
+inline void normals_of(const uint64_t (*words)[BLOCK], int count, float* z) {
+  for (int i = 0; i < count; ++i) {
+    const Normals drawn =
+        normals({{uint32_t(words[0][i]), uint32_t(words[1][i]), uint32_t(words[2][i]), uint32_t(words[3][i])}});
+    for (int j = 0; j < 4; ++j) z[4 * i + j] = drawn.z[j];
+  }
+}
+
 // The normals of quads `first` ... `first` + count - 1, 4 count of them.
 inline void draw(float* z, uint32_t first, int64_t count, const Counter& at) {
   alignas(64) uint64_t words[4][BLOCK];
+  Places places;
   for (int64_t begin = 0; begin < count; begin += BLOCK) {
-    philox_block(words, first + uint32_t(begin), at);
     const int quads = int(count - begin < BLOCK ? count - begin : BLOCK);
-    for (int i = 0; i < quads; ++i) {
-      const Normals drawn = normals(
-          {{uint32_t(words[0][i]), uint32_t(words[1][i]), uint32_t(words[2][i]), uint32_t(words[3][i])}});
-      for (int j = 0; j < 4; ++j) z[4 * (begin + i) + j] = drawn.z[j];
+    for (int i = 0; i < BLOCK; ++i) places.quad[i] = uint32_t(first + uint32_t(begin) + i);
+    philox_block<false>(words, quads, places, at);
+    normals_of(words, quads, z + 4 * begin);
+  }
+}
+
+// The normals of elements `begin` ... `begin` + count - 1 of samples that follow each other, `noise.together` each.
+inline void draw_together(float* z, const Noise& noise, int64_t begin, int64_t count) {
+  const int64_t size = noise.together, end = begin + count;
+  const Counter at = counter(noise, 0);
+  alignas(64) uint64_t words[4][BLOCK];
+  float drawn[4 * BLOCK];
+  int64_t first[BLOCK];  // element of the batch that a quad begins with
+  Places places = {};
+  int64_t sample = begin / size, quad = begin % size / 4;
+  while (sample * size + 4 * quad < end) {
+    int made = 0;
+    for (; made < BLOCK && sample * size + 4 * quad < end; ++made) {
+      places.quad[made] = uint64_t(quad), places.sample[made] = id_of_sample(noise, sample);
+      first[made] = sample * size + 4 * quad;
+      if (4 * ++quad >= size) quad = 0, ++sample;
+    }
+    philox_block<true>(words, made, places, at);
+    normals_of(words, made, drawn);
+    for (int i = 0; i < made; ++i) {
+      const int64_t left = size - first[i] % size;
+      for (int j = 0; j < 4; ++j) {
+        const int64_t element = first[i] + j;
+        if (j < left && element >= begin && element < end) z[element - begin] = drawn[4 * i + j];
+      }
     }
   }
 }

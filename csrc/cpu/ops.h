@@ -13,7 +13,8 @@ namespace {
 void normal(const Normal& op, int threads) {
   for_tiles(op.space, threads, false, false, [&](const Tile& tile) {
     Buffer buffer;
-    const bool whole = op.result.flat && op.noise.element.flat && tile.count % 4 == 0 && !op.space.streamed;
+    const bool whole = op.result.flat && op.noise.element.flat && !op.noise.together && tile.count % 4 == 0 &&
+                       !op.space.streamed;
     if (whole) {
       draw(flat(op.result, tile), uint32_t(tile.begin / 4), tile.count / 4, counter(op.noise, tile.sample));
     } else {
@@ -252,11 +253,13 @@ void diffusion_loss(const DiffusionLoss& op, int threads) {
 
 void philox_words(const uint32_t* counters, const uint32_t* keys, uint32_t* words, int64_t count) {
   alignas(64) uint64_t block[4][BLOCK];
+  Places places;
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t* c = counters + 4 * i;
     // Through the lanes the kernels use, each lane in turn.
     const int lane = int(i % BLOCK);
-    philox_block(block, c[0] - uint32_t(lane), {c[1], c[2], c[3], keys[2 * i], keys[2 * i + 1]});
+    for (int j = 0; j < BLOCK; ++j) places.quad[j] = c[0] - uint32_t(lane) + uint32_t(j);
+    philox_block<false>(block, BLOCK, places, {c[1], c[2], c[3], keys[2 * i], keys[2 * i + 1]});
     for (int j = 0; j < 4; ++j) words[4 * i + j] = uint32_t(block[j][lane]);
   }
 }

@@ -191,6 +191,10 @@ inline __attribute__((always_inline)) void emit(const Tile& tile, const Sink* si
 // four at a time and keeps those it needs.
 inline const float* noise_of(const Space& space, const Noise& noise, const Tile& tile, Buffer& buffer) {
   if (!noise.drawn) return fetch(space, noise.given, tile, buffer);
+  if (noise.together) {
+    draw_together(buffer.v, noise, tile.begin, tile.count);
+    return buffer.v;
+  }
   const Counter at = counter(noise, tile.sample);
   if (noise.element.flat) {
     const int64_t first = tile.begin / 4, quads = (tile.begin + tile.count + 3) / 4 - first;
