@@ -3,12 +3,12 @@
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 
-from fastdiff import metrics, noise, ops
+from fastdiff import guidance, metrics, noise, ops
 from fastdiff.diffusion import Diffusion
 from fastdiff.errors import InputError
 from fastdiff.models import MLP, UNet
 from fastdiff.ops import backend, explain
-from fastdiff.sampler import Sampler
+from fastdiff.sampler import Recorder, Sampler
 from fastdiff.schedule import Schedule
 
 try:
@@ -20,11 +20,13 @@ __all__ = [
     "MLP",
     "Diffusion",
     "InputError",
+    "Recorder",
     "Sampler",
     "Schedule",
     "UNet",
     "backend",
     "explain",
+    "guidance",
     "metrics",
     "noise",
     "ops",

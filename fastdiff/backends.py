@@ -49,6 +49,11 @@ def backend(name: str) -> Iterator[None]:
         _choice.reset(token)
 
 
+def choice() -> str:
+    """The backend that is asked for here: a name, or ``auto``."""
+    return _choice.get()
+
+
 def body(op: str, device: torch.device, dtype: torch.dtype, *, differentiable: bool = False) -> Body:
     """The function that runs ``op`` on ``device`` with its state in ``dtype`` under the current choice.
 

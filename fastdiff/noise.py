@@ -100,9 +100,14 @@ def normal(
         f"shape must be [N, ...] without negative sizes, got {list(shape)}",
     )
     check(dtype.is_floating_point, f"dtype must be a floating-point type, got {dtype}")
+    device = torch.device("cpu" if device is None else device)
+    return at(shape, address(shape[0], device, seed=seed, step=step, sample=sample, stream=stream), device, dtype)
+
+
+def at(shape: Sequence[int], place: Address, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The normals of an address: what :func:`normal` draws there."""
     result = torch.empty(shape, dtype=dtype, device=device)
-    place = address(shape[0], result.device, seed=seed, step=step, sample=sample, stream=stream)
-    body("normal", result.device, dtype)(result, place)
+    body("normal", device, dtype)(result, place)
     return result
 
 

@@ -91,8 +91,11 @@ def slope_of(scale: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 # ---- one evaluation a step ------------------------------------------------------------------
 
 
-def ddpm(grid: Grid, *, variance: str = "fixed_small") -> Letters:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), on any sub-sequence of the timesteps."""
+def ddpm(grid: Grid, *, variance: str | float = "fixed_small") -> Letters:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), on any sub-sequence of the timesteps.
+
+    A ``variance`` v between 0 and 1 is small^(1-v) large^v (Ho & Salimans 2022, algorithm 2).
+    """
     return posterior_letters(*grid.steps, variance=variance)
 
 

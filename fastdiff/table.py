@@ -29,13 +29,16 @@ class StepTable:
             the letters of :mod:`fastdiff.ops.row` (``clip``, which is also a method, as ``rows["clip"]``), and
             ``rows.t``, the time the network is told.
         timesteps: ``[R]``, the schedule's timestep of each row: int64, or float64 if solvers go between them.
-        after: alpha and sigma ``[R]`` of the state that each row leaves.
+        alpha, sigma: float64 ``[R + 1]``, of the state that each row is given, and of what the last one leaves.
+        inside: bool ``[R]``, the rows within the interval of guidance.
         history, anchored: how many of h1 h2 h3 the rows use, and whether they use the anchor.
     """
 
     rows: np.recarray[Any, Any]
     timesteps: Tensor
-    after: tuple[Tensor, Tensor]
+    alpha: Tensor
+    sigma: Tensor
+    inside: Tensor
     history: int
     anchored: bool
 
@@ -44,12 +47,14 @@ class StepTable:
 
     def tensor(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The letters ``[R, len(LETTERS)]`` on the device, rounded once."""
-        columns = [torch.from_numpy(np.ascontiguousarray(self.rows[letter])) for letter in rows.LETTERS]
-        return torch.stack(columns, 1).to(device, dtype)
+        return torch.stack([self.column(letter) for letter in rows.LETTERS], 1).to(device, dtype)
+
+    def column(self, letter: str) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.rows[letter]))
 
     def times(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """What the network is told ``[R]``: int64 where it is whole timesteps, or in ``dtype``."""
-        times = torch.from_numpy(np.ascontiguousarray(self.rows.t))
+        times = self.column("t")
         whole = not self.timesteps.is_floating_point() and bool((times == self.timesteps).all())
         return times.to(device, torch.int64 if whole else dtype)
 
@@ -61,6 +66,7 @@ def build_table(
     *,
     guidance_scale: float | Sequence[float] = 1.0,
     guidance_interval: Sequence[float] | None = None,
+    off: float = 1.0,
     clip: float | None = None,
     final: str = "zero",
     resample: tuple[int, int] | None = None,
@@ -72,6 +78,7 @@ def build_table(
         timesteps: int64 ``[N]``, strictly descending.
         guidance_scale: one, or one for each step.
         guidance_interval: the lowest and highest sigma / alpha at which there is guidance; None for everywhere.
+        off: the scale that is no guidance, which rows outside the interval have.
         clip: bound of the estimate of x0, None for no bound.
         final: where the run ends: ``zero`` noise, or ``minimal``, the schedule's timestep 0, of which the network is
             then not asked.
@@ -104,17 +111,13 @@ def build_table(
     )
     p, q = rows.to_x0(diffusion.prediction, level.alpha, level.sigma)
     step = letters.pop("step", (timesteps >= t[:, None]).sum(1) - 1).clamp(0, len(timesteps) - 1)
-    w = _scales(guidance_scale, len(timesteps))[step.long()]
-    if guidance_interval is not None:
-        low, high = _interval(guidance_interval)
-        ratio = level.sigma / level.alpha
-        w = torch.where((ratio >= low) & (ratio <= high), w, 1.0)
+    low, high = (0.0, torch.inf) if guidance_interval is None else _interval(guidance_interval)
+    inside = (level.sigma >= low * level.alpha) & (level.sigma <= high * level.alpha.clamp(min=1e-300))
+    w = torch.where(inside, _scales(guidance_scale, len(timesteps))[step.long()], off)
     table = rows.make_table(len(t), p=p, q=q, w=w, c_in=level.c_in, clip=check_clip(clip), **letters)
     end = 0 if solver == "ddim_inverse" else -1
-    after = [
-        torch.cat((way[1:], ends[end, None])) for way, ends in ((level.alpha, grid.alpha), (level.sigma, grid.sigma))
-    ]
-    return _step_table(table, level.c_noise, t, after)
+    alpha, sigma = torch.cat((level.alpha, grid.alpha[end, None])), torch.cat((level.sigma, grid.sigma[end, None]))
+    return _step_table(table, level.c_noise, t, alpha, sigma, inside)
 
 
 def resampled(solver: str, letters: Letters, grid: Grid, resample: tuple[int, int]) -> Letters:
@@ -185,7 +188,7 @@ def _interval(interval: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _step_table(table: Tensor, times: Tensor, t: Tensor, after: list[Tensor]) -> StepTable:
+def _step_table(table: Tensor, times: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, inside: Tensor) -> StepTable:
     columns = (times.double(), *table.unbind(1))
     record = np.rec.fromarrays(  # type: ignore[call-overload]
         [column.numpy() for column in columns], names=("t", *rows.LETTERS)
@@ -193,4 +196,4 @@ def _step_table(table: Tensor, times: Tensor, t: Tensor, after: list[Tensor]) ->
     used = [letter for letter in ("c1", "c2", "c3") if np.any(record[letter])]
     anchored = bool(np.any(record.e))
     timesteps = t.long() if bool((t == t.round()).all()) else t
-    return StepTable(record, timesteps, (after[0], after[1]), int(used[-1][1]) if used else 0, anchored)
+    return StepTable(record, timesteps, alpha, sigma, inside, int(used[-1][1]) if used else 0, anchored)

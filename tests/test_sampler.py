@@ -31,7 +31,7 @@ class Recorder:
         self.calls: list[SimpleNamespace] = []
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        self.calls.append(SimpleNamespace(x=x, t=t, y=y, grad=torch.is_grad_enabled()))
+        self.calls.append(SimpleNamespace(x=x.clone(), t=t, y=y, grad=torch.is_grad_enabled()))
         out = 0.25 * x + 0.125
         return out if y is None else out + y.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
@@ -385,7 +385,7 @@ def test_an_image_is_found_again_by_runs_of_the_same_strength() -> None:
 def test_what_is_kept_has_the_level_of_each_row_and_ends_as_it_was(solver: str) -> None:
     keep = torch.tensor([True, False, False])
     sampler = make(Recorder(), solver, 6, dtype=torch.float64)
-    alpha, sigma = sampler.table.after
+    alpha, sigma = sampler.table.alpha[1:], sampler.table.sigma[1:]
     image = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
     states = list(sampler.iterate((4, 3), seed=3, image=image, keep=keep))
     for state in states:

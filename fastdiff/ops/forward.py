@@ -35,7 +35,7 @@ def add_noise(
     x0: Tensor,
     alpha: Tensor | float,
     sigma: Tensor | float,
-    noise: Tensor | None = None,
+    noise: Tensor | noises.Address | None = None,
     *,
     seed: noises.Seed | None = None,
     step: int | Tensor = 0,
@@ -47,7 +47,8 @@ def add_noise(
     Args:
         x0: ``[N, C, ...]`` float; computed in float32 (float64 for float64) and rounded once to x0's dtype.
         alpha, sigma: a number or ``[N]``.
-        noise: shape of ``x0``; when left out, the training noise of (``seed``, ``step``, ``sample``).
+        noise: shape of ``x0``, or the :class:`~fastdiff.noise.Address` it is drawn from; when left out, the training
+            noise of (``seed``, ``step``, ``sample``).
         out: where to write the result, like ``x0`` and dense; may be ``x0`` or ``noise`` itself.
 
     Raises:
@@ -71,7 +72,7 @@ def _add_noise(
     x0: Tensor,
     alpha: Tensor | float,
     sigma: Tensor | float,
-    noise: Tensor | None,
+    noise: Tensor | noises.Address | None,
     seed: noises.Seed | None,
     step: int | Tensor,
     sample: Sequence[int] | Tensor | None,
@@ -82,7 +83,8 @@ def _add_noise(
     source = _noise(x0, noise, seed, step, sample)
     if out is not None:
         check_result("out", out, x0, x0.dtype)
-        check_apart((x0, noise), [("out", out, (x0, noise))])
+        given = (x0, noise if isinstance(noise, Tensor) else None)
+        check_apart(given, [("out", out, given)])
     if library.watched() and not torch.compiler.is_compiling():
         result = empty_like(x0) if out is None else out
         reference.add_noise(x0, alpha, sigma, source, result)
@@ -159,7 +161,7 @@ def _check_bound(bound: Tensor | None, output: Tensor, x0: Tensor) -> Tensor | N
 
 def _noise(
     x0: Tensor,
-    noise: Tensor | None,
+    noise: Tensor | noises.Address | None,
     seed: noises.Seed | None,
     step: int | Tensor,
     sample: Sequence[int] | Tensor | None,
@@ -169,7 +171,8 @@ def _noise(
     if noise is not None:
         if sample is not None or isinstance(step, Tensor) or step:
             raise InputError("step and sample choose among the noise of a seed: give seed instead of noise")
-        check_same("noise", noise, x0)
+        if not isinstance(noise, noises.Address):
+            check_same("noise", noise, x0)
         return noise
     assert seed is not None
     training = noises.Stream.TRAINING

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from numbers import Real
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -15,7 +16,7 @@ from typing_extensions import Unpack
 
 from fastdiff import noise as noises
 from fastdiff.backends import body
-from fastdiff.errors import InputError, check, choose
+from fastdiff.errors import InputError, check
 from fastdiff.ops import library, reference
 from fastdiff.ops import row as rows
 from fastdiff.ops.checks import (
@@ -36,6 +37,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 COLUMNS = len(rows.LETTERS)
 
 Levels = tuple[Tensor, Tensor, Tensor, Tensor]
+Noise = Tensor | noises.Address
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -53,7 +55,7 @@ class StepOptions(TypedDict, total=False):
     """The keyword arguments of :func:`affine_step` that every step takes."""
 
     uncond: Tensor | None
-    noise: Tensor | None
+    noise: Noise | None
     seed: noises.Seed | None
     step: int | Tensor | None
     sample: Sequence[int] | Tensor | None
@@ -108,7 +110,7 @@ def affine_step(
     uncond: Tensor | None = None,
     history: tuple[Tensor, ...] = (),
     anchor: Tensor | None = None,
-    noise: Tensor | None = None,
+    noise: Noise | None = None,
     seed: noises.Seed | None = None,
     step: int | Tensor | None = None,
     sample: Sequence[int] | Tensor | None = None,
@@ -126,8 +128,9 @@ def affine_step(
         uncond: unconditional output like ``output``; without it w is not used.
         history: up to three stored vectors h1, h2, h3 of x's shape; absent ones drop out of the formula.
         anchor: stored vector of x's shape.
-        noise: z of x's shape; or ``seed`` (and ``step``, ``sample``) for the noise that belongs to them;
-            with neither, nothing is added. ``step`` is the row unless it is given.
+        noise: z of x's shape, or the :class:`~fastdiff.noise.Address` it is drawn from; or ``seed`` (and ``step``,
+            ``sample``) for the noise that belongs to them; with neither, nothing is added. ``step`` is the row unless
+            it is given.
         keep_x0: whether to return the estimate of x0.
         input_dtype: also return ``c_in x'`` of the row after this one (of this one after the last) in this dtype,
             which is what the network is given next; for another memory format than x's pass it as ``out.input``.
@@ -149,12 +152,13 @@ def affine_step(
     except Exception:  # said better, or mended, below
         run = None
     if run is None:
-        table = _check_step(x, output, table, row, *vectors, noise)
+        z = noise if not isinstance(noise, noises.Address) else None
+        table = _check_step(x, output, table, row, *vectors, z)
         source = _source(x, row, noise, seed, step, sample)
         if out is not None:
-            _check_out(out, x, output, table, *vectors, noise)
+            _check_out(out, x, output, table, *vectors, z)
         results = _results(x, history, anchor, keep_x0, input_dtype) if out is None else out
-        grad = library.needs_grad(x, output, table, uncond, *history, anchor, noise)
+        grad = library.needs_grad(x, output, table, uncond, *history, anchor, z)
         _runner("affine_step", x, grad)(x, output, table, row, *vectors, source, given or _targets(results))
     if given:
         library.written(*given)
@@ -178,11 +182,11 @@ def _targets(results: Step) -> Results:
 def _source(
     x: Tensor,
     row: int | Tensor,
-    noise: Tensor | None,
+    noise: Noise | None,
     seed: noises.Seed | None,
     step: int | Tensor | None,
     sample: Sequence[int] | Tensor | None,
-) -> Tensor | noises.Address | None:
+) -> Noise | None:
     if seed is None:
         if step is not None or sample is not None:
             raise InputError("step and sample choose among the noise of a seed: give seed")
@@ -233,7 +237,7 @@ def posterior_step(
     sigma_next: Tensor | float,
     *,
     prediction: str = "epsilon",
-    variance: str = "fixed_small",
+    variance: str | float = "fixed_small",
     clip: float | None = None,
     guidance_scale: float = 1.0,
     **options: Unpack[StepOptions],
@@ -241,8 +245,9 @@ def posterior_step(
     """One ancestral DDPM step x_t -> x_t' ~ N(posterior mean, variance) (Ho et al. 2020, algorithm 2).
 
     Args:
-        variance: ``fixed_small`` (posterior variance), ``fixed_large`` (forward variance) or ``learned_range``
-            (between the two by the last half of ``output``'s channels). No noise is added at the clean end.
+        variance: ``fixed_small`` (posterior variance), ``fixed_large`` (forward variance), a number v between 0 and 1
+            for small^(1-v) large^v (Ho & Salimans 2022, algorithm 2), or ``learned_range`` (between the two by the
+            last half of ``output``'s channels). No noise is added at the clean end.
         The rest: as in :func:`ddim_step`; noise or seed is needed.
     """
     check_state("x", x)
@@ -257,17 +262,20 @@ def posterior_step(
 
 
 def posterior_letters(
-    alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, *, variance: str
+    alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, *, variance: str | float
 ) -> dict[str, Tensor]:
     """The letters a, b, s, lo, hi of an ancestral step; s is 0 where the next level is clean."""
-    choose("variance", variance, VARIANCES)
+    named: dict[Any, Any] = {"fixed_small": 0.0, "fixed_large": 1.0}
+    share = named.get(variance, variance)
+    valid = share == "learned_range" or (isinstance(share, Real) and 0 <= float(share) <= 1)
+    check(valid, f"variance must be one of {', '.join(VARIANCES)}, or between 0 and 1, got {variance!r}")
     a, b, small = rows.posterior(alpha, sigma, alpha_next, sigma_next)
     large = rows.forward_variance(alpha, sigma, alpha_next, sigma_next)
     noisy = small > 0
-    if variance == "learned_range":
+    if isinstance(share, str):
         lo, hi = (torch.where(noisy, v, 1.0).log() for v in (small, large))
         return {"a": a, "b": b, "s": noisy.double(), "lo": lo, "hi": hi}
-    return {"a": a, "b": b, "s": torch.where(noisy, small if variance == "fixed_small" else large, 0.0).sqrt()}
+    return {"a": a, "b": b, "s": torch.where(noisy, small ** ((1 - share) / 2) * large ** (share / 2), 0.0)}
 
 
 def _ddim_letters(
