@@ -87,8 +87,8 @@ inline void philox_block(uint64_t (*words)[BLOCK], int count, const Places& plac
   }
 }
 
-inline void normals_of(const uint64_t (*words)[BLOCK], int count, float* z) {
-  for (int i = 0; i < count; ++i) {
+inline void normals_of(const uint64_t (*words)[BLOCK], int64_t count, float* z) {
+  for (int64_t i = 0; i < count; ++i) {  // 64 bits: -fwrapv, which Python compiles with, keeps narrower ones from lanes
     const Normals drawn =
         normals({{uint32_t(words[0][i]), uint32_t(words[1][i]), uint32_t(words[2][i]), uint32_t(words[3][i])}});
     for (int j = 0; j < 4; ++j) z[4 * i + j] = drawn.z[j];
