@@ -191,6 +191,19 @@ def test_noise_does_not_depend_on_what_it_is_drawn_with(layout, seeds, level):
             assert_same_bits(whole[part], alone, fused)
 
 
+@pytest.mark.parametrize("elements", [1, 2, 3, 4, 5, 7, 30, 64, 255, 256])
+def test_small_samples_drawn_together_have_the_noise_of_each(elements, level, threads):
+    """Samples that end within a quad, and pieces that end within a sample."""
+    at = {"seed": -2, "step": 5, "sample": torch.arange(3000).flip(0) * 7 + 2**31}
+    large = normal((3000, 260), **at)[:, :elements].contiguous()  # these are drawn one by one
+    x, table = randn((3000, elements), 0), torch.randn(2, 19)
+    for count in (1, 2):
+        threads(count)
+        assert_same_bits(large, normal((3000, elements), **at))
+        fused = fd.ops.affine_step(x, x, table, 1, **at)
+        assert_same_bits(fused.x, fd.ops.affine_step(x, x, table, 1, noise=large).x)
+
+
 PLACE = ("seed", "step", "sample")
 
 

@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
+
 #include "../noise.h"
 #include "../operand.h"
 
@@ -87,11 +89,13 @@ inline void philox_block(uint64_t (*words)[BLOCK], int count, const Places& plac
   }
 }
 
+// PAIRS: how many of a quad's two are wanted.
+template <int PAIRS>
 inline void normals_of(const uint64_t (*words)[BLOCK], int64_t count, float* z) {
   for (int64_t i = 0; i < count; ++i) {  // 64 bits: -fwrapv, which Python compiles with, keeps narrower ones from lanes
-    const Normals drawn =
-        normals({{uint32_t(words[0][i]), uint32_t(words[1][i]), uint32_t(words[2][i]), uint32_t(words[3][i])}});
-    for (int j = 0; j < 4; ++j) z[4 * i + j] = drawn.z[j];
+    const Words quad = {{uint32_t(words[0][i]), uint32_t(words[1][i]), uint32_t(words[2][i]), uint32_t(words[3][i])}};
+    const Normals drawn = normals(quad);
+    for (int j = 0; j < 2 * PAIRS; ++j) z[2 * PAIRS * i + j] = drawn.z[j];
   }
 }
 
@@ -103,16 +107,18 @@ inline void draw(float* z, uint32_t first, int64_t count, const Counter& at) {
     const int quads = int(count - begin < BLOCK ? count - begin : BLOCK);
     for (int i = 0; i < BLOCK; ++i) places.quad[i] = uint32_t(first + uint32_t(begin) + i);
     philox_block<false>(words, quads, places, at);
-    normals_of(words, quads, z + 4 * begin);
+    normals_of<2>(words, quads, z + 4 * begin);
   }
 }
 
 // The normals of elements `begin` ... `begin` + count - 1 of samples that follow each other, `noise.together` each.
+template <int PAIRS>
 inline void draw_together(float* z, const Noise& noise, int64_t begin, int64_t count) {
+  constexpr int WIDE = 2 * PAIRS;
   const int64_t size = noise.together, end = begin + count;
   const Counter at = counter(noise, 0);
   alignas(64) uint64_t words[4][BLOCK];
-  float drawn[4 * BLOCK];
+  float drawn[WIDE * BLOCK];
   int64_t first[BLOCK];  // element of the batch that a quad begins with
   Places places = {};
   int64_t sample = begin / size, quad = begin % size / 4;
@@ -124,13 +130,14 @@ inline void draw_together(float* z, const Noise& noise, int64_t begin, int64_t c
       if (4 * ++quad >= size) quad = 0, ++sample;
     }
     philox_block<true>(words, made, places, at);
-    normals_of(words, made, drawn);
-    for (int i = 0; i < made; ++i) {
-      const int64_t left = size - first[i] % size;
-      for (int j = 0; j < 4; ++j) {
-        const int64_t element = first[i] + j;
-        if (j < left && element >= begin && element < end) z[element - begin] = drawn[4 * i + j];
-      }
+    normals_of<PAIRS>(words, made, drawn);
+    for (int64_t i = 0; i < made; ++i) {  // what a quad has beyond its sample, the next one writes over
+      const int64_t from = std::max(first[i], begin), to = std::min(first[i] + WIDE, end);
+      float* place = z + (first[i] - begin);
+      if (to - from == WIDE)
+        memcpy(place, drawn + WIDE * i, WIDE * sizeof(float));
+      else
+        for (int64_t j = from - first[i]; j < to - first[i]; ++j) place[j] = drawn[WIDE * i + j];
     }
   }
 }

@@ -192,7 +192,7 @@ inline __attribute__((always_inline)) void emit(const Tile& tile, const Sink* si
 inline const float* noise_of(const Space& space, const Noise& noise, const Tile& tile, Buffer& buffer) {
   if (!noise.drawn) return fetch(space, noise.given, tile, buffer);
   if (noise.together) {
-    draw_together(buffer.v, noise, tile.begin, tile.count);
+    (noise.together > 2 ? draw_together<2> : draw_together<1>)(buffer.v, noise, tile.begin, tile.count);
     return buffer.v;
   }
   const Counter at = counter(noise, tile.sample);
