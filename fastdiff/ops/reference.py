@@ -73,7 +73,8 @@ def affine_step(
     results: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
     table = table.to(x.dtype)
-    r = {letter: _like(column, x) for letter, column in zip(LETTERS, table[row].unbind(-1), strict=True)}
+    at = torch.as_tensor(row, device=x.device)
+    r = {letter: _like(column, x) for letter, column in zip(LETTERS, _look_up(table, at).unbind(-1), strict=True)}
     channels = x.shape[1]
     prediction, f = output[:, :channels].to(x.dtype), (1 + output[:, channels:].to(x.dtype)) / 2
     if uncond is not None:
@@ -91,12 +92,17 @@ def affine_step(
     if noise is not None:
         std = r["s"] * torch.exp((f * r["hi"] + (1 - f) * r["lo"]) / 2) if f.numel() else r["s"]
         following = following + std * _noise(noise, x)
-    after = torch.as_tensor(row, device=x.device).add(1).clamp(max=len(table) - 1)
-    c_in = _like(table[after, LETTERS.index("c_in")], x)
+    after = at.add(1).clamp(max=len(table) - 1)
+    c_in = _like(_look_up(table, after)[..., LETTERS.index("c_in")], x)
     values = following, x0, r["u"] * x + r["v"] * x0, kept, c_in * following
     for result, value in zip(results, values, strict=True):
         if result is not None and value is not None:
             result.copy_(value)
+
+
+def _look_up(table: Tensor, row: Tensor) -> Tensor:
+    """``table[row]``, which would wait for the device where there is one row for all."""
+    return table.index_select(0, row.reshape(-1)).reshape(*row.shape, *table.shape[1:])
 
 
 def group_norm_silu(
