@@ -42,6 +42,10 @@ class Guidance:
         """
         raise NotImplementedError
 
+    def alone(self, cond: dict[str, Any]) -> dict[str, Any]:
+        """What the network is given in rows without guidance."""
+        return cond
+
     def outputs(self, model: Model, x: Tensor, t: Tensor, given: Conditions) -> tuple[Tensor, Tensor]:
         """The output with the condition and the other, each ``[N, C, ...]``; x is twice the batch if ``both`` is."""
         return network_output(model(x, t, **given.cond)), network_output(model(x, t, **given.other or {}))
@@ -141,7 +145,10 @@ class ClassifierGuidance(Guidance):
         y = cond.get("y")
         labels = isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (n,)
         check(labels, f"classifier guidance needs labels: y, int64 [{n}]")
-        return Conditions(cond if self.conditional else {k: v for k, v in cond.items() if k != "y"}, {"y": y})
+        return Conditions(self.alone(cond), {"y": y})
+
+    def alone(self, cond: dict[str, Any]) -> dict[str, Any]:
+        return cond if self.conditional else {name: value for name, value in cond.items() if name != "y"}
 
     def outputs(self, model: Model, x: Tensor, t: Tensor, given: Conditions) -> tuple[Tensor, Tensor]:
         """The network's output, and the gradient of log p(y | x)."""
@@ -156,8 +163,12 @@ class ClassifierGuidance(Guidance):
         fits = logits.ndim == 2 and len(logits) == len(x)
         check(fits, f"the classifier's logits must be [{len(x)}, classes], got {list(logits.shape)}")
         wide = torch.promote_types(logits.dtype, torch.float32)
-        log_p = logits.to(wide).log_softmax(1).gather(1, y[:, None]).sum()
-        return torch.autograd.grad(log_p, x)[0]
+        log_p = logits.to(wide).log_softmax(1)
+        try:
+            chosen = log_p.gather(1, y[:, None])
+        except RuntimeError as error:
+            raise InputError(f"y must hold classes of the classifier, 0...{logits.shape[1] - 1}: {error}") from None
+        return torch.autograd.grad(chosen.sum(), x)[0]
 
 
 def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:

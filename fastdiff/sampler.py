@@ -362,7 +362,8 @@ class Sampler:
         guided = any(self._scaled if scale is None else self._inside)
         network: Any = self._loop.network
         guidance = self._loop.guidance
-        conditions = guidance.conditions(network, shape[0], cond, uncond) if guided else Conditions(cond)
+        alone = Conditions(guidance.alone(cond))
+        conditions = guidance.conditions(network, shape[0], cond, uncond) if guided else alone
         if keep is not None:
             image = self._check_keep(shape, image, keep)
         start = self._start(shape, place, x, self._to_start_from(image, keep))

@@ -12,38 +12,15 @@ import pytest
 import scipy.stats
 import torch
 from oracles import Gaussian, Mixture, model_of, predict
+from sampler_tools import LABELS, NULL, SAMPLING, Writer, classes_mlp, make, noise_of
 from torch import Tensor, nn
 
 import fastdiff as fd
 from fastdiff.noise import Stream
 from fastdiff.sampler import State
-from fastdiff.solvers import SOLVERS
 
-SAMPLING = [solver for solver in SOLVERS if solver != "ddim_inverse"]  # which starts from images
 NOISY = {"ddpm": {}, "euler_a": {}, "ddim": {"eta": 0.7}}
 LINEAR_50 = fd.Schedule.linear(50, beta_start=2e-3, beta_end=0.3)
-
-
-class Recorder:
-    """The model out = x / 4 + 1 / 8 + y, the same for an element in any batch, that writes down how it is called."""
-
-    def __init__(self) -> None:
-        self.calls: list[SimpleNamespace] = []
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        self.calls.append(SimpleNamespace(x=x.clone(), t=t, y=y, grad=torch.is_grad_enabled()))
-        out = 0.25 * x + 0.125
-        return out if y is None else out + y.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-
-
-def make(model: Any = None, solver: str = "ddim", steps: Any = 8, prediction: str = "v_prediction", **options: Any):
-    schedule = options.pop("schedule", None) or fd.Schedule.cosine(100)
-    diffusion = fd.Diffusion(schedule, prediction, options.pop("variance_of", "fixed_small"))
-    return fd.Sampler(model or Recorder(), diffusion, solver, steps, **options)
-
-
-def noise_of(shape: tuple[int, ...], row: int, **address: Any) -> Tensor:
-    return fd.noise.normal(shape, step=row, stream=Stream.STEP, dtype=torch.float64, **address)
 
 
 # ---- the exact discrete law of Gaussian data ------------------------------------------------
@@ -179,7 +156,7 @@ def test_row_i_adds_the_noise_of_step_i(solver: str) -> None:
 def test_the_start_is_the_initial_stream_scaled_by_sigma_where_variance_explodes(
     schedule: fd.Schedule, scale: float
 ) -> None:
-    model = Recorder()
+    model = Writer()
     make(model, schedule=schedule, dtype=torch.float64, steps=3)((2, 3), seed=5)
     noise = fd.noise.normal((2, 3), seed=5, stream=Stream.INITIAL, dtype=torch.float64)
     expected = float(schedule.c_in[-1]) * scale * noise
@@ -187,7 +164,7 @@ def test_the_start_is_the_initial_stream_scaled_by_sigma_where_variance_explodes
 
 
 def test_a_given_x_is_the_start_and_stays_as_it_was() -> None:
-    model = Recorder()
+    model = Writer()
     x = torch.full((2, 3), 0.5)
     make(model)((2, 3), x=x)
     assert torch.equal(model.calls[0].x, x)
@@ -224,238 +201,6 @@ def test_threads_may_share_a_sampler_and_runs_leave_nothing_behind(solver: str) 
     assert not torch.equal(alone[0], alone[1])
 
 
-# ---- guidance -------------------------------------------------------------------------------
-
-LABELS = {"y": torch.tensor([1.0, -1.0, 0.5, 0.25])}
-NULL = {"y": 0.0}
-
-
-@pytest.mark.parametrize("solver", SAMPLING)
-def test_scale_1_is_no_guidance(solver: str) -> None:
-    model = Recorder()
-    guided = make(model, solver, guidance_scale=1.0)((4, 3), seed=2, uncond=NULL, **LABELS)
-    assert {len(call.x) for call in model.calls} == {4}
-    assert torch.equal(guided, make(solver=solver)((4, 3), seed=2, **LABELS))
-
-
-@pytest.mark.parametrize("solver", SAMPLING)
-def test_scale_0_is_the_unconditional_model(solver: str) -> None:
-    guided = make(solver=solver, guidance_scale=0.0)((4, 3), seed=2, uncond=NULL, **LABELS)
-    assert torch.equal(guided, make(solver=solver)((4, 3), seed=2, y=torch.zeros(4)))
-
-
-@pytest.mark.parametrize("solver", SAMPLING)
-@pytest.mark.parametrize("scale", [-1.5, 0.4, 3.0, 7.5])
-def test_samples_of_an_affine_model_are_affine_in_the_scale(scale: float, solver: str) -> None:
-    def at(w: float) -> Tensor:
-        sampler = make(solver=solver, guidance_scale=w, dtype=torch.float64)
-        return sampler((4, 3), seed=2, uncond=NULL, **LABELS)
-
-    expected = at(0.0) + scale * (at(1.0) - at(0.0))
-    assert (at(1.0) - at(0.0)).abs().max() > 0.1
-    assert (at(scale) - expected).abs().max() <= 1e-12
-
-
-def test_conditional_and_unconditional_go_through_the_network_in_one_batch() -> None:
-    model = Recorder()
-    make(model, guidance_scale=[1.0, 3.0, 0.0, 1.0], steps=4)((4, 3), uncond=NULL, **LABELS)
-    assert [len(call.x) for call in model.calls] == [4, 8, 8, 4]
-    both = model.calls[1]
-    assert torch.equal(both.x[:4], both.x[4:])
-    assert torch.equal(both.t[:4], both.t[4:])
-    assert torch.equal(both.y, torch.cat((LABELS["y"], torch.zeros(4))))
-
-
-def test_scales_by_step_are_used_in_their_step() -> None:
-    scales = [1.0, 3.0, 0.5, 2.0]
-    sampler = make(guidance_scale=scales, steps=4, dtype=torch.float64)
-    assert sampler.table.rows.w.tolist() == scales
-    x = fd.noise.normal((4, 3), seed=0, stream=Stream.INITIAL, dtype=torch.float64)
-    for scale, row, state in zip(
-        scales, sampler.table.rows, sampler.iterate((4, 3), uncond=NULL, **LABELS), strict=True
-    ):
-        out = 0.25 * x + 0.125 + scale * LABELS["y"].double()[:, None]
-        x0 = row.p * x + row.q * out
-        assert (state.x0 - x0).abs().max() <= 1e-13
-        x = state.x
-
-
-def classes_mlp() -> fd.MLP:
-    mlp = fd.MLP(2, width=16, depth=1, num_classes=3).eval()
-    for parameter in mlp.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
-    return mlp
-
-
-def test_own_networks_know_their_null_condition() -> None:
-    sampler = make(classes_mlp(), guidance_scale=2.5)
-    y = torch.tensor([0, 1, 2, 1])
-    known = sampler((4, 2), y=y)
-    assert torch.equal(known, sampler((4, 2), y=y, uncond={"y": 3}))
-    assert torch.equal(known, sampler((4, 2), y=y, uncond={"y": torch.full((4,), 3)}))
-    assert not torch.equal(known, sampler((4, 2), y=y, uncond={"y": 0}))
-
-
-def test_a_condition_that_is_no_tensor_has_its_null_respected() -> None:
-    """Prompts, numbers, nested structures: the unconditional half must be given the null value, or be refused."""
-
-    def model(x: Tensor, t: Tensor, level: float) -> Tensor:
-        return 0.25 * x + level
-
-    weak = make(model, guidance_scale=0.0)
-    try:
-        got = weak((4, 3), level=2.0, uncond={"level": 0.0})
-    except fd.InputError:
-        return
-    assert torch.equal(got, make(model)((4, 3), level=0.0))
-
-
-def test_guidance_in_an_interval_of_noise() -> None:
-    """Outside it the scale is 1 and the network is asked once."""
-    model = Recorder()
-    sampler = make(model, "ddim", 10, guidance_scale=3.0, guidance_interval=(0.5, 2.0))
-    schedule = sampler.diffusion.schedule
-    ratio = (schedule.sigma / schedule.alpha)[sampler.timesteps]
-    inside = (ratio >= 0.5) & (ratio <= 2.0)
-    assert 0 < int(inside.sum()) < 10
-    assert sampler.table.rows.w.tolist() == [3.0 if here else 1.0 for here in inside]
-    sampler((4, 3), uncond=NULL, **LABELS)
-    assert [len(call.x) for call in model.calls] == [8 if here else 4 for here in inside]
-
-
-# ---- image to image -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("solver", SAMPLING)
-@pytest.mark.parametrize("strength", [0.1, 0.55, 1.0])
-def test_an_image_is_noised_to_the_first_level_and_denoised(solver: str, strength: float) -> None:
-    """With the noise of the seed; what follows is a run from that state."""
-    sampler = make(Recorder(), solver, 10, strength=strength, dtype=torch.float64)
-    schedule = sampler.diffusion.schedule
-    assert torch.equal(sampler.timesteps, schedule.timesteps(10)[-max(1, int(10 * strength)) :])
-    image = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
-    noise = fd.noise.normal((4, 3), seed=5, stream=Stream.INITIAL, dtype=torch.float64)
-    t = int(sampler.timesteps[0])
-    start = schedule.alpha[t] * image + schedule.sigma[t] * noise
-    assert torch.equal(sampler((4, 3), seed=5, image=image), sampler((4, 3), seed=5, x=start))
-
-
-def test_an_image_of_the_data_stays_the_more_the_weaker_the_run() -> None:
-    """Data at two points: a weak run keeps the side of the image, and all end on a point."""
-    points = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
-    data = Mixture(torch.tensor([0.5, 0.5]).double(), points, torch.full((2,), 0.05).double())
-    diffusion = fd.Diffusion(fd.Schedule.cosine(1000))
-    image = torch.full((2000, 2), 0.8, dtype=torch.float64)
-    kept = []
-    for strength in (0.2, 0.6, 1.0):
-        sampler = fd.Sampler(
-            model_of(data, diffusion), diffusion, "dpmpp_2m", 50, strength=strength, dtype=torch.float64
-        )
-        x = sampler(image.shape, seed=0, image=image)
-        assert (x.abs() - 1).abs().mean() < 0.1
-        kept.append(float((x[:, 0] > 0).double().mean()))
-    assert kept[0] > 0.99
-    assert 0.55 < kept[1] < 0.999
-    assert kept[2] == pytest.approx(0.5, abs=0.05)
-
-
-def test_a_weak_run_needs_something_to_start_from() -> None:
-    with pytest.raises(fd.InputError, match=r"a run of strength 0\.5 starts from an image or x"):
-        make(strength=0.5)((4, 3))
-    assert make(strength=0.5)((4, 3), x=torch.zeros(4, 3)).shape == (4, 3)
-
-
-def test_an_image_is_found_again_by_runs_of_the_same_strength() -> None:
-    data = Mixture.random(2, seed=3)
-    diffusion = fd.Diffusion(fd.Schedule.cosine(1000))
-    there, back = (
-        fd.Sampler(model_of(data, diffusion), diffusion, solver, 200, strength=0.5, dtype=torch.float64)
-        for solver in ("ddim_inverse", "ddim")
-    )
-    image = torch.randn(16, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    noised = there(image.shape, x=image)
-    assert (noised - image).abs().max() > 0.1
-    assert (back(image.shape, x=noised) - image).abs().max() < 0.05
-
-
-# ---- inpainting -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("solver", SAMPLING)
-def test_what_is_kept_has_the_level_of_each_row_and_ends_as_it_was(solver: str) -> None:
-    keep = torch.tensor([True, False, False])
-    sampler = make(Recorder(), solver, 6, dtype=torch.float64)
-    alpha, sigma = sampler.table.alpha[1:], sampler.table.sigma[1:]
-    image = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
-    states = list(sampler.iterate((4, 3), seed=3, image=image, keep=keep))
-    for state in states:
-        z = fd.noise.normal((4, 3), seed=3, step=state.step, stream=Stream.KNOWN, dtype=torch.float64)
-        expected = alpha[state.step] * image + sigma[state.step] * z
-        assert torch.equal(state.x[:, 0], expected[:, 0])
-    assert torch.equal(states[-1].x[:, 0], image[:, 0])
-    other = torch.where(keep, image, 9.0)
-    assert torch.equal(sampler((4, 3), seed=3, image=other, keep=keep), states[-1].x), (
-        "the rest of the image is not seen"
-    )
-
-
-def inpainted(solver: str, steps: int, **options: Any) -> tuple[Tensor, float]:
-    """The unknown coordinate of a correlated Gaussian by runs that know the other one, and what it is correlated by."""
-    share, keep = 0.8, torch.tensor([True, False])
-
-    def denoise(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        covariance = torch.tensor([[1.0, share], [share, 1.0]], dtype=torch.float64)
-        return alpha * x @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(2)).T @ covariance
-
-    diffusion = fd.Diffusion(fd.Schedule.cosine(1000), "sample")
-    schedule = diffusion.schedule
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        return denoise(x, schedule.alpha[int(t[0])], schedule.sigma[int(t[0])])
-
-    sampler = fd.Sampler(model, diffusion, solver, steps, dtype=torch.float64, **options)
-    return sampler((20_000, 2), seed=1, image=torch.full((20_000, 2), 1.5), keep=keep), share
-
-
-def test_resampling_makes_what_is_unknown_fit_what_is_known() -> None:
-    """Without it the unknown coordinate's mean falls short of the conditional one; with it, it comes near."""
-    (plain, share), (fitted, _) = inpainted("ddpm", 50), inpainted("ddpm", 50, resample=(5, 10))
-    mean = share * 1.5
-    assert torch.equal(fitted[:, 0], torch.full((20_000,), 1.5).double())
-    off = [abs(float(x[:, 1].mean()) - mean) for x in (plain, fitted)]
-    assert off[0] > 0.1
-    assert off[1] < off[0] / 3
-    assert float(fitted[:, 1].std()) == pytest.approx((1 - share**2) ** 0.5, abs=0.1)
-
-
-def test_resampling_without_anything_known_keeps_the_law() -> None:
-    """Steps down and noise up again, of Gaussian data; ddpm's own error at 400 steps is 0.006 in the deviation."""
-    data = Gaussian(0.7, 0.4)
-    diffusion = fd.Diffusion(fd.Schedule.cosine(1000), "sample")
-    sampler = fd.Sampler(model_of(data, diffusion), diffusion, "ddpm", 400, resample=(3, 4), dtype=torch.float64)
-    assert len(sampler.table) == 1600
-    x = sampler((20_000, 2), seed=0)
-    assert float(x.mean()) == pytest.approx(0.7, abs=0.01)
-    assert float(x.std()) == pytest.approx(0.4, abs=0.012)
-
-
-def test_the_way_between_two_noises() -> None:
-    a, b = (fd.noise.normal((3, 1000), seed=seed, dtype=torch.float64) for seed in (0, 1))
-    assert torch.allclose(fd.noise.slerp(a, b, 0.0), a)
-    assert torch.allclose(fd.noise.slerp(a, b, 1.0), b)
-    unit = [n / n.norm(dim=1, keepdim=True) for n in (a, b)]
-    between = fd.noise.slerp(*unit, torch.tensor([0.25, 0.5, 0.75]))
-    assert torch.allclose(between.norm(dim=1), torch.ones(3).double())
-    angles = [(between * n).sum(1).arccos() for n in (*unit,)]
-    assert torch.allclose(angles[0] / (angles[0] + angles[1]), torch.tensor([0.25, 0.5, 0.75]).double())
-    assert torch.allclose(fd.noise.slerp(a, 2 * a, 0.5), 1.5 * a)
-    assert fd.noise.slerp(a.float(), b.float(), 0.3).dtype == torch.float32
-    with pytest.raises(fd.InputError, match="a and b must be alike"):
-        fd.noise.slerp(a, b[:2], 0.5)
-    with pytest.raises(fd.InputError, match="share must be one or one per sample"):
-        fd.noise.slerp(a, b, torch.zeros(2))
-
-
 # ---- clipping, states, callbacks ------------------------------------------------------------
 
 
@@ -485,7 +230,7 @@ def test_callback_and_iterate_give_the_same_states(solver: str) -> None:
 
 
 def test_iterate_may_be_left_early_and_does_not_switch_gradients_off_for_the_caller() -> None:
-    model = Recorder()
+    model = Writer()
     rows = make(model).iterate((2, 3))
     assert model.calls == []
     next(rows)
@@ -516,27 +261,27 @@ def test_progress_shows_a_bar_only_when_asked(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("heun", 15), ("ddim", 8), ("ddpm", 8), ("dpmpp_2m", 8)])
 def test_the_number_of_network_evaluations(solver: str, evaluations: int) -> None:
-    model = Recorder()
+    model = Writer()
     sampler = make(model, solver)
     sampler((2, 3))
     assert len(model.calls) == len(sampler.table) == evaluations
 
 
 def test_the_model_is_told_the_timestep_of_each_row() -> None:
-    model = Recorder()
+    model = Writer()
     make(model, steps=[90, 41, 7])((2, 3))
     assert [call.t.tolist() for call in model.calls] == [[90, 90], [41, 41], [7, 7]]
     assert model.calls[0].t.dtype == torch.int64
 
 
 def test_edm_tells_log_sigma_and_scales_the_input_and_flow_tells_a_thousand_sigma() -> None:
-    model, schedule = Recorder(), fd.Schedule.edm(20, sigma_data=0.7)
+    model, schedule = Writer(), fd.Schedule.edm(20, sigma_data=0.7)
     states = list(make(model, schedule=schedule, steps=5, dtype=torch.float64).iterate((2, 3)))
     sigma = schedule.sigma[schedule.timesteps(5)]
     assert (torch.stack([call.t[0] for call in model.calls]) - sigma.log() / 4).abs().max() <= 1e-14
     for call, state, s in zip(model.calls[1:], states, sigma[1:], strict=False):
         assert (call.x - state.x / (s**2 + 0.49).sqrt()).abs().max() <= 1e-14
-    model = Recorder()
+    model = Writer()
     make(model, schedule=fd.Schedule.flow(20), steps=5)((2, 3))
     assert [round(float(call.t[0]), 3) for call in model.calls] == [1000, 800, 600, 400, 200]
 
@@ -571,7 +316,7 @@ def test_the_state_is_float32_and_the_network_gets_its_own_precision(dtype: torc
 
 
 def test_float64_runs_the_whole_loop_in_float64() -> None:
-    model = Recorder()
+    model = Writer()
     states = list(make(model, dtype=torch.float64).iterate((2, 3)))
     assert {state.x.dtype for state in states} | {call.x.dtype for call in model.calls} == {torch.float64}
     single = make()((2, 3))
@@ -746,7 +491,7 @@ def test_a_bad_sampler_is_refused(case: str) -> None:
 
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_a_bad_call_is_refused_before_the_model_runs(case: str) -> None:
-    model = Recorder()
+    model = Writer()
     sampler = make(model, "ddpm", guidance_scale=2.0)
     arguments = {"shape": (4, 3), "uncond": NULL, **LABELS, **BAD_CALLS[case]}
     arguments = {name: value for name, value in arguments.items() if name != "y" or value is not None}
@@ -756,7 +501,7 @@ def test_a_bad_call_is_refused_before_the_model_runs(case: str) -> None:
 
 
 def test_the_good_call_beside_the_bad_ones_works() -> None:
-    model = Recorder()
+    model = Writer()
     assert make(model, "ddpm", guidance_scale=2.0)((4, 3), uncond=NULL, **LABELS).shape == (4, 3)
     assert len(model.calls) == 8
 
