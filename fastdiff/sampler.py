@@ -19,7 +19,7 @@ from fastdiff.diffusion import Diffusion, Model
 from fastdiff.errors import InputError, check
 from fastdiff.guidance import ClassifierFree, Conditions, Guidance
 from fastdiff.loop import Columns, Given, Kind, Loop, Memory, Rows
-from fastdiff.ops.checks import check_floating, check_row
+from fastdiff.ops.checks import check_floating, check_row, check_same
 from fastdiff.table import build_table
 
 
@@ -288,6 +288,9 @@ class Sampler:
         check_row(row, len(self.table), given.x)
         fits = len(history) in (0, self.table.history) and (anchor is None or self.table.anchored)
         check(fits, f"this solver keeps {self.table.history} vectors of history and anchor={self.table.anchored}")
+        for name, vector in (*(("history", h) for h in history), ("anchor", anchor)):
+            if vector is not None:
+                check_same(name, vector, given.x)
         memory = self._loop.memory(given, keep_x0=True)
         self._loop.start(given, memory, row)
         for own, vector in zip(memory.history, history, strict=False):

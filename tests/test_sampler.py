@@ -256,6 +256,110 @@ def test_progress_shows_a_bar_only_when_asked(capsys: pytest.CaptureFixture[str]
     assert "4/4" in shown.out + shown.err
 
 
+# ---- a recorder, and rows one at a time -----------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["x", "x0"])
+@pytest.mark.parametrize(
+    ("every", "capacity", "kept"),
+    [
+        (1, None, [*range(10)]),
+        (3, None, [2, 5, 8]),
+        (10, None, [9]),
+        (11, None, []),
+        (1, 4, [6, 7, 8, 9]),
+        (2, 3, [5, 7, 9]),
+        (3, 2, [5, 8]),
+        (1, 20, [*range(10)]),
+    ],
+)
+def test_a_recorder_keeps_the_last_states(every: int, capacity: int | None, kept: list[int], what: str) -> None:
+    sampler, record = make(solver="dpmpp_2m_sde", steps=10), fd.Recorder(every, what, capacity)
+    states = list(sampler.iterate((4, 3), seed=2))
+    for _ in range(2):  # a recorder begins anew with each run
+        result = sampler((4, 3), seed=2, record=record)
+        assert record.steps == kept
+        if kept:
+            assert torch.equal(record.values, torch.stack([getattr(states[step], what) for step in kept]))
+    assert torch.equal(result, states[-1].x)
+
+
+def test_a_recorder_that_has_nothing() -> None:
+    for record in (fd.Recorder(), fd.Recorder(every=100)):
+        if record.every == 100:
+            make()((4, 3), record=record)
+        with pytest.raises(fd.InputError, match="nothing is recorded"):
+            _ = record.values
+
+
+@pytest.mark.parametrize("arguments", [{"every": 0}, {"every": 1.5}, {"capacity": 0}, {"what": "noise"}], ids=str)
+def test_a_bad_recorder_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(fd.InputError):
+        fd.Recorder(**arguments)
+
+
+@pytest.mark.parametrize("solver", SAMPLING)
+def test_rows_one_at_a_time_give_the_run(solver: str) -> None:
+    """What a step leaves is what the next one takes."""
+    sampler = make(solver=solver, guidance_scale=2.5)
+    call = {"seed": 7, "uncond": NULL, **LABELS}
+    x, history, anchor = fd.noise.normal((4, 3), seed=7, stream=Stream.INITIAL), (), None
+    for row, state in enumerate(sampler.iterate((4, 3), **call)):
+        before = x.clone()
+        step = sampler.step(x, row, history=history, anchor=anchor, **call)
+        assert torch.equal(x, before)
+        assert torch.equal(step.x, state.x)
+        assert torch.equal(step.x0, state.x0)
+        x, history, anchor = step.x, step.history, step.anchor
+
+
+@pytest.mark.parametrize("solver", SAMPLING)
+def test_samples_at_different_rows_share_a_batch(solver: str) -> None:
+    """Each of the batch begins a row later than the one before it; each gets what it gets in a run for itself."""
+    sampler = make(solver=solver)
+    shape, rows = (3, 3), len(sampler.table)
+    runs = [list(sampler.iterate((1, 3), seed=7, sample=[k])) for k in range(3)]
+    fresh = fd.noise.normal(shape, seed=7, stream=Stream.INITIAL)
+    x, history, anchor = fresh.clone(), tuple(torch.zeros(3, 3) for _ in range(sampler.table.history)), None
+    anchor = torch.zeros(3, 3) if sampler.table.anchored else None
+    for tick in range(rows + 2):
+        row = torch.tensor([tick - k for k in range(3)])
+        begins = (row == 0)[:, None]
+        x = torch.where(begins, fresh, x)
+        history = tuple(torch.where(begins, 0.0, h) for h in history)
+        anchor = None if anchor is None else torch.where(begins, 0.0, anchor)
+        step = sampler.step(x, row.clamp(0, rows - 1), history=history, anchor=anchor, seed=7)
+        x, history, anchor = step.x, step.history, step.anchor
+        for k in range(3):
+            if 0 <= row[k] < rows:
+                torch.testing.assert_close(x[k], runs[k][row[k]].x[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"row": 8},
+        {"row": -1},
+        {"row": 1.0},
+        {"row": torch.tensor([0, 1, 2])},
+        {"row": torch.tensor([0, 1, 2, 8])},
+        {"row": torch.tensor([0.0, 1.0, 2.0, 3.0])},
+        {"row": 0, "history": (torch.zeros(4, 3),) * 3},
+        {"row": 0, "history": (torch.zeros(4, 2),)},
+        {"row": 0, "anchor": torch.zeros(4, 3)},
+        {"row": 0, "x": torch.zeros(4, 3, dtype=torch.int64)},
+        {"row": 0, "x": torch.zeros(4)},
+    ],
+    ids=str,
+)
+def test_a_bad_step_is_refused_before_the_model_runs(arguments: dict[str, Any]) -> None:
+    model = Writer()
+    sampler = make(model, "dpmpp_2m")
+    with pytest.raises(fd.InputError):
+        sampler.step(**{"x": torch.zeros(4, 3), **arguments})
+    assert model.calls == []
+
+
 # ---- what the model sees and returns --------------------------------------------------------
 
 
