@@ -35,6 +35,8 @@ from torch import Tensor
 
 TURN = 200e-6  # seconds a turn takes at least
 ROUNDS = 7  # turns everyone gets at least
+LONG = 1.0  # seconds of a call that needs no waking, and gets fewer turns
+LONG_ROUNDS = 2
 IN_CACHE = 8 << 20  # bytes of an input set that a CPU is allowed to keep in its cache
 MOST_SETS = 64
 
@@ -74,7 +76,8 @@ class Peer:
 class Case:
     """One row's subject; ``reads`` and ``writes`` count its arrays, ``moves`` those passes where they are more.
 
-    ``floor`` is for what the memory does not bound; the default is to stream what the op has to.
+    ``floor`` is for what the memory does not bound; the default is to stream what the op has to. ``facts`` says more of
+    a contestant, by its name and milliseconds; a row has ours, and the peer's with ``peer_`` before their names.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Case:
     moves: tuple[int, int] | None = None
     dtype: torch.dtype = torch.float32
     floor: Bind | None = None
+    facts: Callable[[str, float], dict[str, Any]] | None = None
 
     def contestants(self) -> tuple[Peer, ...]:
         """All that are timed: ours, the peers that are here, and the floor."""
@@ -142,7 +146,8 @@ def measure(
     binds = _present(case, inputs[0], want, quick)
     times = race({name: [bind(arrays) for arrays in inputs] for name, bind in binds.items()}, device, seconds)
     peers: list[str | None] = [name for name in binds if name not in ("ours", "floor")]
-    return [_row(case, device, times, peer, error) for peer in peers or [None]]
+    more = {name: case.facts(name, ms) for name, ms in times.items() if name != "floor"} if case.facts else {}
+    return [_row(case, device, times, peer, error) | _facts(more, peer) for peer in peers or [None]]
 
 
 def make_inputs(case: Case, device: torch.device, sets: int | None = None) -> list[Arrays]:
@@ -273,31 +278,33 @@ def race(calls: dict[str, list[Call]], device: torch.device, seconds: float) -> 
     with _without_collection():
         repeats = {name: _repeats(partial(turn, each)) for name, each in calls.items()}
         samples: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in _rounds(seconds):
+        for _ in _rounds(seconds, ROUNDS if all(repeats.values()) else LONG_ROUNDS):
             for name, each in calls.items():
-                samples[name].append(turn(each, repeats[name]) / repeats[name])
+                samples[name].append(turn(each, repeats[name]) / max(repeats[name], 1))
     return {name: 1e3 * statistics.median(values) for name, values in samples.items()}
 
 
 def _turn(elapsed: Callable[[list[Call]], float], rotation: Iterator[int], calls: list[Call], repeats: int) -> float:
-    """An untimed call comes first: it wakes the threads that slept through somebody else's turn."""
-    calls[next(rotation)]()
-    return elapsed([calls[i] for i in islice(rotation, repeats)])
+    """An untimed call comes first: it wakes the threads that slept through somebody else's turn. 0 is once without."""
+    if repeats:
+        calls[next(rotation)]()
+    return elapsed([calls[i] for i in islice(rotation, max(repeats, 1))])
 
 
 def _repeats(turn: Callable[[int], float]) -> int:
-    """How many calls fill a turn; finding out also warms up."""
+    """How many calls fill a turn; finding out also warms up. 0 for a long one."""
+    if turn(0) > LONG:
+        return 0
     repeats = 1
-    turn(repeats)
     while (taken := turn(repeats)) < TURN:
         repeats = max(repeats + 1, math.ceil(1.2 * repeats * TURN / max(taken, TURN / 10)))
     return repeats
 
 
-def _rounds(seconds: float) -> Iterator[int]:
+def _rounds(seconds: float, least: int) -> Iterator[int]:
     began = time.perf_counter()
     for number in count():
-        if number >= ROUNDS and time.perf_counter() - began > seconds:
+        if number >= least and time.perf_counter() - began > seconds:
             return
         yield number
 
@@ -350,6 +357,11 @@ def _row(case: Case, device: torch.device, times: dict[str, float], peer: str | 
         "torch": torch.__version__,
         "commit": commit(),
     }
+
+
+def _facts(more: dict[str, dict[str, Any]], peer: str | None) -> dict[str, Any]:
+    theirs = more.get(peer or "", {})
+    return more.get("ours", {}) | {f"peer_{name}": value for name, value in theirs.items()}
 
 
 COLUMNS = ("ours_ms", "peer_ms", "ratio", "floor_ms", "of_floor", "error")
