@@ -62,7 +62,7 @@ stage build 240 "$python" setup.py build_ext --inplace
 stage backends 60 "$python" -c 'import fastdiff; print(fastdiff.explain("cuda"))'
 mapfile -t tests < <(gpu_tests 2>>"$log")
 [ ${#tests[@]} -eq 0 ] || stage tests 200 "$python" -m pytest -m gpu -p no:cacheprovider "${tests[@]}"
-for name in $("$python" -c 'import benchmarks; print(*benchmarks.NAMES)'); do
+for name in $("$python" -c 'import benchmarks; print(*sorted(benchmarks.NAMES, key="sampling".__eq__))'); do  # it last
   stage "$name" 400 "$python" -m benchmarks "$name" --device cuda --seconds 0.4 --json "$out/$name.json"
 done
 

@@ -57,7 +57,8 @@ def cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
     batches = (1, 16, 256) if device.type == "cuda" else (1, 8)
     for solver, steps in RUNS.items():
         count = min(steps, 5) if quick else steps
-        yield points(Setting(solver, count, (64, 2) if quick else POINTS, torch.float32, device))
+        for fast in (False,) if quick else (False, True):
+            yield points(Setting(solver, count, (64, 2) if quick else POINTS, torch.float32, device), fast)
     for solver, steps in RUNS.items():
         for batch in batches[:1] if quick else batches:
             cut = device.type == "cpu" and batch > 1 and steps > 100
@@ -66,14 +67,13 @@ def cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
                 yield images(Setting(solver, count, (batch, 3, 32, 32), dtype, device), quick)
 
 
-def points(setting: Setting) -> Case:
+def points(setting: Setting, fast: bool) -> Case:
+    """``fast``: everybody has the compiled network."""
     network = cache(partial(make_mlp, setting.device))
-    peers: dict[str, tuple[Contestant, Any, float | None]] = {
-        "diffusers loop": (scheduler_loop, network, 1e-3),
-        "diffusers loop, compiled": (scheduler_loop, lambda: torch.compile(network()), 1e-3),
-        "guided-diffusion style": (guided_diffusion_loop, network, 1e-3),
-    }
-    return case("points", setting, network, network, peers)
+    made = cache(partial(compiled, network)) if fast else network
+    contestants = {"diffusers loop": scheduler_loop, "guided-diffusion style": guided_diffusion_loop}
+    peers = {name: (contestant, made, 1e-3) for name, contestant in contestants.items()}
+    return case("points, compiled" if fast else "points", setting, made, network, peers)
 
 
 def images(setting: Setting, quick: bool) -> Case:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -194,11 +197,64 @@ def test_threads_may_share_a_sampler_and_runs_leave_nothing_behind(solver: str) 
     sampler = make(fd.MLP(3, width=16, depth=1).eval(), solver)
     for parameter in sampler.model.parameters():
         nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
-    alone = [sampler((4, 3), seed=seed) for seed in range(16)]
-    with ThreadPoolExecutor(16) as pool:
-        shared = list(pool.map(lambda seed: sampler((4, 3), seed=seed), range(16)))
+    alone = [sampler((4, 3), seed=seed) for seed in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        shared = list(pool.map(lambda seed: sampler((4, 3), seed=seed), range(32)))
     assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
     assert not torch.equal(alone[0], alone[1])
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+sys.path[:0] = sys.argv[2:]
+from sampler_tools import SAMPLING, make
+samples = {solver: make(solver=solver)((4, 3, 5), seed=7, sample=[4, 5, 6, 7]) for solver in SAMPLING}
+torch.save(samples, sys.argv[1])
+"""
+
+
+def test_another_process_draws_the_same_samples(tmp_path: Path) -> None:
+    """Samples 4 ... 7 there are samples 4 ... 7 of a batch of 9 here, bit for bit, of every solver."""
+    here = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    subprocess.run([sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "there.pt"), *here], check=True)
+    there = torch.load(tmp_path / "there.pt", weights_only=True)
+    for solver in SAMPLING:
+        assert torch.equal(make(solver=solver)((9, 3, 5), seed=7)[4:8], there[solver]), solver
+
+
+LITTLE_MEMORY = """
+import resource, sys
+import torch
+sys.path[:0] = sys.argv[1:]
+from sampler_tools import make
+torch.set_num_threads(1)
+sampler = make(solver="dpmpp_3m")
+small, large = (4, 3), (4, 3, 1024, 1024)
+expected = sampler(small, seed=1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+failed = 0
+for megabytes in range(10, 210, 10):
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, resource.RLIM_INFINITY))
+    try:
+        sampler(large, seed=1)
+    except (RuntimeError, MemoryError) as error:
+        assert "memory" in str(error) or isinstance(error, MemoryError), error
+        failed += 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert torch.equal(sampler(small, seed=1), expected)
+print(failed)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's")
+def test_a_run_out_of_memory_leaves_the_sampler_as_it_was() -> None:
+    """Twenty caps on a run that needs 350 MB: an error that says so, and the next run is right."""
+    here = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    command = [sys.executable, "-c", LITTLE_MEMORY, *here]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(result.stdout) == 20
 
 
 # ---- clipping, states, callbacks ------------------------------------------------------------
