@@ -1,4 +1,4 @@
-"""Proves on an NVIDIA GPU that captured rows give what rows by themselves give, without a wait, and give memory back."""
+"""Proves on an NVIDIA GPU that captured rows give what rows alone give, without a wait, and give memory back."""
 
 from __future__ import annotations
 
