@@ -79,7 +79,7 @@ class Captured:
         self.memory = loop.memory(self._given, keep_x0)
         self._row = torch.zeros((), dtype=torch.int64, device=given.x.device)
         self._replays: dict[Kind, Call] = {}
-        self._pool = new_pool(given.x.device)
+        self._pool = new_pool()
         self._noisy = False
 
     def capture(self, loop: Loop, given: Given, kinds: Sequence[Kind]) -> None:
@@ -91,7 +91,7 @@ class Captured:
                 loop.run(self._given, self.memory, self._row, kind)
                 self._row.add_(1)
 
-            self._replays[kind] = capture(row, lambda: self.start(loop, given), self._pool)
+            self._replays[kind] = capture(row, lambda: self.start(loop, given), given.x.device, self._pool)
         self.start(loop, given)
 
     def start(self, loop: Loop, given: Given) -> None:
@@ -220,13 +220,13 @@ def _autocast(device: torch.device) -> Any:
 # ---- CUDA -------------------------------------------------------------------------------------
 
 
-def new_pool(device: torch.device) -> Any:
+def new_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def capture(row: Call, start: Call, pool: Any) -> Call:
+def capture(row: Call, start: Call, device: torch.device, pool: Any) -> Call:
     """Capture ``row``, which is run from ``start`` before; gives what replays it."""
-    with _capturing, torch.cuda.stream(torch.cuda.current_stream()), _without_weight_cache():
+    with _capturing, torch.cuda.device(device), _without_weight_cache():
         side, current = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):

@@ -44,7 +44,7 @@ class Device:
         self.taped = True  #: whether rows are written down; otherwise they are run again, on the backend that is asked
         self.trouble: Callable[[], object] | None = None
 
-    def capture(self, row: Callable[[], object], start: Callable[[], object], pool: object) -> Callable[[], object]:
+    def capture(self, row: Callable[[], object], start: Callable[[], object], *_: object) -> Callable[[], object]:
         self.captures += 1
         for _ in range(2):
             start()

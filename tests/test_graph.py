@@ -39,7 +39,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(graph, "_of", weakref.WeakKeyDictionary())
     monkeypatch.setattr(graph, "serves", lambda device: True)
     monkeypatch.setattr(graph, "capture", stand_in.capture)
-    monkeypatch.setattr(graph, "new_pool", lambda device: None)
+    monkeypatch.setattr(graph, "new_pool", lambda: None)
     monkeypatch.setattr("fastdiff.ops.step.check_row", lambda *_: None)  # it looks at a row on the CPU only
     return stand_in
 

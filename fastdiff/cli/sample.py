@@ -35,6 +35,7 @@ from fastdiff.training.run import Run, load_run
 from fastdiff.training.trainer import PRECISIONS, option
 
 #: defaults for points, which are small and come in clouds
+FROM_NOISE = [name for name in SOLVERS if name != "ddim_inverse"]
 POINTS = {"count": 5000, "batch": 5000, "steps": 100, "solver": "dpmpp_2m"}
 
 
@@ -44,7 +45,7 @@ class SampleConfig:
 
     count: int = option(100, "how many samples; of points 5000")
     labels: str = option("", "class labels, for instance 3 or 0,1,2, repeated in turn; default: all classes in turn")
-    solver: str = option("ddim", f"{', '.join(SOLVERS)}; for points dpmpp_2m")
+    solver: str = option("ddim", f"{', '.join(FROM_NOISE)}; for points dpmpp_2m")
     steps: int = option(50, "sampling steps; for points 100")
     spacing: str = option("trailing", f"of the timesteps: {', '.join(SPACINGS)}")
     guidance_scale: float = option(1.0, "classifier-free guidance: 1 is the conditional model alone")
