@@ -180,7 +180,9 @@ def tiny_unet(channels: int) -> fd.UNet:
     return fd.UNet(8, **shape, attention_resolutions=(), condition_channels=channels)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", ["super-resolution", *(pytest.param(task, marks=pytest.mark.slow) for task in [*TASKS][1:])]
+)
 def test_image_to_image_by_a_condition_joined_to_the_input(task: str) -> None:
     """A U-Net trained for some seconds gives back what belongs to the condition, not just any image of the data."""
     degrade, channels = TASKS[task]

@@ -191,7 +191,7 @@ def test_noise_does_not_depend_on_what_it_is_drawn_with(layout, seeds, level):
             assert_same_bits(whole[part], alone, fused)
 
 
-@pytest.mark.parametrize("elements", [1, 2, 3, 4, 5, 7, 30, 64, 255, 256])
+@pytest.mark.parametrize("elements", [1, 2, 3, 5, 64, 255])
 def test_small_samples_drawn_together_have_the_noise_of_each(elements, level, threads):
     """Samples that end within a quad, and pieces that end within a sample."""
     at = {"seed": -2, "step": 5, "sample": torch.arange(3000).flip(0) * 7 + 2**31}
