@@ -30,7 +30,7 @@ RUNS = {"ddim": 50, "dpmpp_2m": 20, "ddpm": 1000}
 TOLERANCE = {torch.float32: 1e-3, BF16: 0.1}
 V = "v_prediction"  # which an untrained network does not turn into huge estimates, as it does noise
 POINTS = (10_000, 2)
-WAITS = ("aten::_local_scalar_dense", "Memcpy DtoH")
+WAITS = {"cpu": "aten::_local_scalar_dense", "cuda": "Memcpy DtoH"}  # what reads a number
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 
 
@@ -331,7 +331,7 @@ def facts(setting: Setting, contestant: Contestant, network: Callable[[], Any], 
     free = partial(contestant(setting, Free(plain, x)), x)
     short = setting._replace(steps=min(setting.steps, 20))
     events = profiled(partial(contestant(short, network()), x), setting.device)
-    waits = sum(name.startswith(WAITS) for name in events) - (setting.device.type == "cuda") * events.count(WAITS[0])
+    waits = sum(name.startswith(WAITS[setting.device.type]) for name in events)
     launches = sum(name in LAUNCHES for name in events)
     return {
         "samples_per_s": 1e3 * setting.shape[0] / ms,

@@ -32,6 +32,7 @@ class Guidance:
     """What classifier-free guidance and autoguidance have in common: other + s (out - other)."""
 
     off: ClassVar[float] = 1.0
+    by_gradient: ClassVar[bool] = False  #: whether the other output is a gradient of log p(y | x)
     rescale: float = 0.0
 
     def conditions(self, model: Model, n: int, cond: dict[str, Any], uncond: dict[str, Any] | None) -> Conditions:
@@ -136,6 +137,7 @@ class ClassifierGuidance(Guidance):
     classifier: Classifier
     conditional: bool = False
     off: ClassVar[float] = 0.0
+    by_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(callable(self.classifier), f"classifier must be callable, got {type(self.classifier).__name__}")

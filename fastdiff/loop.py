@@ -118,13 +118,12 @@ class Loop:
         x, columns = memory.x, given.columns
         out, other = self._outputs(given, memory, row, kind)
         gradient = None
-        if other is not None and self.guidance.off == 0:
-            gradient, other = _scale(given, row) * other.to(x.dtype), None
+        if other is not None and self.guidance.by_gradient:
+            gradient, other = spread(_scale(given, row), x) * other.to(x.dtype), None
             if not self.shift_mean:
                 out, gradient = _pushed(out, spread(at(columns.push, row, len(x)), x) * gradient), None
         elif other is not None and (given.scale is not None or self.guidance.rescale or self.threshold):
-            scale = _letter(given, "w", row) if given.scale is None else given.scale
-            out, other = self.guidance.combined(out, other, scale, x.shape[1]), None
+            out, other = self.guidance.combined(out, other, _scale(given, row), x.shape[1]), None
         if self.threshold is not None:
             out = self._thresholded(given, x, out, row)
         shift = None if gradient is None else self._variance(given, row, out, x) * gradient
@@ -204,7 +203,8 @@ def _letter(given: Given, letter: str, row: Row) -> Tensor:
 
 
 def _scale(given: Given, row: Row) -> Tensor:
-    return spread(_letter(given, "w", row) if given.scale is None else given.scale, given.x)
+    """The guidance scale ``[N]``: of the call, or of the row."""
+    return _letter(given, "w", row) if given.scale is None else given.scale
 
 
 def _pushed(out: Tensor, push: Tensor) -> Tensor:

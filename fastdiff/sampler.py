@@ -180,7 +180,7 @@ class Sampler:
             self.table.anchored,
             scaled=of_network != dtype or bool((rows.c_in != 1).any()),
             threshold=None if threshold is None else (threshold, float(clip or 0)),
-            shift_mean=guidance.off == 0 and solver == "ddpm" and resample is None,
+            shift_mean=guidance.by_gradient and solver == "ddpm" and resample is None,
         )
         self._columns = self._make_columns(torch.promote_types(of_network, torch.float32))
         self._scaled, self._inside = (rows.w != guidance.off).tolist(), self.table.inside.tolist()
