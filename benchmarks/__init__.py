@@ -5,7 +5,7 @@ A case module has a function ``cases(device, quick)`` that yields the cases; its
 
 from pathlib import Path
 
-TOOLS = ("harness", "peers", "summary")
+TOOLS = ("ceilings", "harness", "peers", "summary")
 NAMES = sorted(
     path.stem
     for path in Path(__file__).parent.glob("*.py")
