@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")  # what would wait for the device
+# What would wait for the device, or bring numbers to it from the host.
+HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "lift_fresh")
 
 
 class Tape(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from graph_tools import Tape
 from torch.nn import functional as F
 
 from fastdiff.models.convolution import Conv, Downsample, Linear, Upsample, packs
@@ -38,6 +39,12 @@ def test_upsampling_is_doubling_and_convolving(channels, size):
         torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
     ):
         assert largest(mine - true) <= 1e-12
+
+
+def test_upsampling_brings_no_numbers_from_the_host():
+    layer, x = make(Upsample, 2, 3), image(1, 2, 4, 4)
+    with Tape():  # as in a graph, where that is refused
+        layer(x)
 
 
 @pytest.mark.parametrize("size", [(2, 2), (6, 4), (7, 5)], ids=str)

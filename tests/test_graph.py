@@ -78,9 +78,10 @@ def test_every_solver(solver: str, guided: bool, device: Device) -> None:
 
 
 def log_p(x: Tensor, t: Tensor) -> Tensor:
-    return x.flatten(1)[:, :1] * torch.tensor([1.0, -1.0, 0.5]) + 0.01 * t[:, None]
+    return x.flatten(1)[:, :1] * SLOPES + 0.01 * t[:, None]
 
 
+SLOPES = torch.tensor([1.0, -1.0, 0.5])
 IMAGE = torch.tensor([[0.5, -0.5]]).repeat(4, 1)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two calls": ({"guidance_scale": 2.5, "guidance": fd.guidance.ClassifierFree(batched=False)}, {}),
@@ -201,7 +202,7 @@ def test_a_table_of_more_rows_than_there_is_room_for(device: Device, monkeypatch
 
 
 def model_of_two(x: Tensor, t: Tensor, a: Any = None, b: Any = None) -> Tensor:
-    return 0.25 * x if a is None else 0.25 * x + 0.01 * torch.as_tensor(a).reshape(-1, 1)
+    return 0.25 * x if a is None else 0.25 * x + 0.01 * (a.reshape(-1, 1) if isinstance(a, Tensor) else a)
 
 
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -340,7 +341,7 @@ def test_training_mode_is_told_apart(device: Device) -> None:
 def test_the_prepared_form_of_a_unet_follows_its_weights(device: Device) -> None:
     unet = fd.UNet(8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,)).eval()
     captured, eager = pair(unet, steps=3)
-    device.taped = False
+    device.taped = False  # oneDNN's operations take what no tape can
     for factor in (1.0, 1.3):
         with torch.no_grad():
             for parameter in unet.parameters():

@@ -104,9 +104,9 @@ class Upsample(Layer, nn.Conv2d):
 
     def kernel(self) -> Tensor:
         """``[in, out, 4, 4]``: the weights convolved with the 2x2 pixels that a pixel becomes, turned around."""
-        wide = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        rows = wide.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-        kernel = torch.einsum("ad,be,oide->ioab", rows, rows, wide)
+        kernel = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).transpose(0, 1).flip(2, 3)
+        for before, after in (((0, 0, 1, 0), (0, 0, 0, 1)), ((1, 0), (0, 1))):
+            kernel = F.pad(kernel, before) + F.pad(kernel, after)
         return kernel.contiguous(memory_format=torch.channels_last)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
