@@ -42,4 +42,13 @@ FD_HD To bits_as(From value) {
   return result;
 }
 
+// 2^e, e in 0 ... 30: CPUs without shifts by lane make it of a number's exponent.
+FD_HD int32_t power_of_two(int32_t e) {
+#if defined(__CUDA_ARCH__)
+  return 1 << e;
+#else
+  return int32_t(bits_as<float>((e + 127) << 23));
+#endif
+}
+
 }  // namespace fastdiff

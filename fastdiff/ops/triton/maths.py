@@ -22,11 +22,15 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def root(a, rest):
-    """sqrt(a + rest), a normal: the rounded root, and what its square lacks over twice an estimate of the root."""
-    r = tl.sqrt_rn(a)
+    """sqrt(a + rest), a normal: Halley's step from an estimate of the inverse root, and Newton's on the root."""
     guess = (0x5F375A86 - (a.to(tl.int32, bitcast=True) >> 1)).to(tl.float32, bitcast=True)
-    inverse = guess * tl.fma(-0.5 * a * guess, guess, 1.5)
-    return r, 0.5 * inverse * (tl.fma(-r, r, a) + rest)
+    estimate = a * guess
+    off = tl.fma(-estimate, guess, 1.0)
+    step = off * tl.fma(off, 0.375, 0.5)
+    r, inverse = tl.fma(estimate, step, estimate), tl.fma(guess, step, guess)
+    lacking = 0.5 * inverse * (tl.fma(-r, r, a) + rest)
+    most = r + lacking
+    return most, (r - most) + lacking
 
 
 @triton.jit
@@ -35,8 +39,7 @@ def radius(word):
     n = (word >> 8).to(tl.int32) * 2 + 1
     # u = 2^(e - 25) (1 + f) with 1 + f in about [2/3, 4/3); n - 2^e and f are exact.
     e = (n.to(tl.float32).to(tl.int32, bitcast=True) - 0x3F2AAAAB) >> 23
-    power = ((e + 127) << 23).to(tl.float32, bitcast=True).to(tl.int32)
-    f = (n - power).to(tl.float32) * ((127 - e) << 23).to(tl.float32, bitcast=True)
+    f = (n - (1 << e)).to(tl.float32) * ((127 - e) << 23).to(tl.float32, bitcast=True)
     # log(1 + f) = f + f^2 (f P(f) - 1/2), P minimax on [-1/3, 1/3] to 5e-9 of the logarithm.
     p = tl.fma(f, -0.13192495703697205, 0.13963064551353455)
     p = tl.fma(p, f, -0.12114936858415604)
