@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(THREADS) guide_kernel(const __grid_constant__ 
 __device__ __forceinline__ float clamp(float x, float bound) { return x < -bound ? -bound : x > bound ? bound : x; }
 
 template <bool DRAWN, bool FLAT>
-__global__ void __launch_bounds__(THREADS) affine_step_kernel(const __grid_constant__ AffineStep op) {
+__global__ void __launch_bounds__(THREADS, DRAWN && FLAT ? 6 : 1) affine_step_kernel(
+    const __grid_constant__ AffineStep op) {
   Place place;
   if (!locate(op.space, place)) return;
   const Access<FLAT> access(op.space, place);
@@ -174,9 +175,11 @@ __global__ void __launch_bounds__(THREADS) affine_step_kernel(const __grid_const
   const float* table = op.table + row * LETTERS;
   const Row& r = *reinterpret_cast<const Row*>(table);
   const Four x = access.load(op.x);
-  Four out = access.load(op.output);
+  Four out = access.load(op.output), uncond = {}, z = {};
+  if (op.uncond.data) uncond = access.load(op.uncond);
+  // While the loads are on their way.
+  if (DRAWN || op.noise.given.data) z = noise_at<DRAWN>(op.noise, access);
   if (op.uncond.data) {
-    const Four uncond = access.load(op.uncond);
     out = each([&](int i) { return uncond.v[i] + r.w * (out.v[i] - uncond.v[i]); });
   }
   const Four x0 = each([&](int i) { return clamp(r.p * x.v[i] + r.q * out.v[i], r.clip); });
@@ -194,7 +197,6 @@ __global__ void __launch_bounds__(THREADS) affine_step_kernel(const __grid_const
     anchor = each([&](int i) { return r.k * anchor.v[i] + r.m * x.v[i] + r.n * x0.v[i]; });
   }
   if (DRAWN || op.noise.given.data) {
-    Four z = noise_at<DRAWN>(op.noise, access);
     Four std = each([&](int) { return r.s; });
     if (op.fraction.data) {
       const Four v = access.load(op.fraction);
