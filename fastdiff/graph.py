@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import cache
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,8 +49,8 @@ def serves(device: torch.device) -> bool:
 @contextmanager
 def rows(loop: Loop, given: Given, kinds: Sequence[Kind], keep_x0: bool, pauses: bool) -> Iterator[Rows | Captured]:
     """The rows of a run, captured where they can be. ``pauses``: whoever runs them may take his time between them."""
-    seed, sample = sample_ids(len(given.x), given.address.seed, given.address.sample)
-    on_device = given.address._replace(seed=seed.to(given.x.device), sample=sample.to(given.x.device))
+    seed, sample = sample_ids(len(given.x), given.address.seed, given.address.sample, given.x.device)
+    on_device = given.address._replace(seed=seed, sample=sample)
     slot = _slot(loop, fixed := given._replace(address=on_device), keep_x0)
     if slot is None or not slot.take(pauses):
         yield Rows(loop, given, keep_x0)
@@ -227,7 +228,7 @@ def new_pool() -> Any:
 def capture(row: Call, start: Call, device: torch.device, pool: Any) -> Call:
     """Capture ``row``, which is run from ``start`` before; gives what replays it."""
     with _capturing, torch.cuda.device(device), _without_weight_cache():
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side, current = _side_stream(device), torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
@@ -235,9 +236,15 @@ def capture(row: Call, start: Call, device: torch.device, pool: Any) -> Call:
                 row()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             row()
     return graph.replay
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps tens of megabytes for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

@@ -37,6 +37,8 @@ class Stream(IntEnum):
     ORDER = 6  #: the order of the training data; step = epoch
     NETWORK = 7  #: dropout inside the network; step = training step
     KNOWN = 8  #: forward noising of what is known in inpainting; step = row of the solver table
+    PROBE = 9  #: the vectors of Hutchinson's estimate in log_likelihood; step = question to the network
+    DEQUANTIZATION = 10  #: the uniform noise of bytes in log_likelihood; step = 0
 
 
 class Address(NamedTuple):
@@ -202,10 +204,17 @@ def address(
     return Address(seeds, steps, ids, int(stream))
 
 
-def sample_ids(count: int, seed: Seed, sample: Sequence[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The (seed, sample id) pairs of a batch of ``count``: two int64 tensors ``[count]``."""
-    place = address(count, torch.device("cpu"), seed=seed, sample=sample)
-    return torch.as_tensor(place.seed).expand(count), _ids(place, count, torch.device("cpu"))
+def sample_ids(
+    count: int, seed: Seed, sample: Sequence[int] | Tensor | None = None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """The (seed, sample id) pairs of a batch of ``count``: two int64 tensors ``[count]``.
+
+    Numbers become tensors on the device itself: bringing them there would wait for it.
+    """
+    device = torch.device(device)
+    place = address(count, device, seed=seed, sample=sample)
+    seeds = place.seed if isinstance(place.seed, Tensor) else torch.full((), place.seed, device=device)
+    return seeds.expand(count).contiguous(), _ids(place, count, device)
 
 
 def _ids(place: Address, count: int, device: torch.device) -> Tensor:

@@ -54,7 +54,7 @@ def lay_out(x, layout):
     if layout == "channels_last" and x.ndim in (4, 5):
         return x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
     if layout == "sliced":
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 3), math.nan, dtype=x.dtype)
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 3), math.nan, dtype=x.dtype, device=x.device)
         wide[..., 1:-2:2] = x
         return wide[..., 1:-2:2]
     if layout == "transposed":

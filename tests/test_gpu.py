@@ -142,7 +142,8 @@ def check_norm(shape, groups, backend, dtype=BF16, layout="channels_last", parts
     with fd.backend("native"):
         expected = norm(x, groups, given, grads, activation=activation, keep_sum=True)
     with fd.backend(backend):
-        gpu = x.cuda(), groups, moved(given), tuple(moved(g) for g in grads)
+        laid = {name: lay_out(v.cuda(), layout) if v.shape == x.shape else v.cuda() for name, v in given.items()}
+        gpu = lay_out(x.cuda(), layout), groups, laid, tuple(lay_out(g.cuda(), layout) for g in grads)
         first, *others = (norm(*gpu, activation=activation, keep_sum=True) for _ in range(3))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
