@@ -2,8 +2,8 @@
 
 A backend is the module ``fastdiff.ops.<name>`` with a function for each op it can run; its optional function
 ``refuses(op, device, dtype)`` gives the reason why it cannot run one there. ``auto`` takes the first of ``BACKENDS``
-that serves, and the next where that one raises ``Refused``; an explicit choice that cannot be served raises with the
-reason.
+that serves, one of ``FASTER`` before them, and the next where that one raises ``Refused``; an explicit choice that
+cannot be served raises with the reason.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from fastdiff.errors import InputError, Refused, choose
 
 BACKENDS = ("native", "triton", "reference")
+#: what auto asks first for an op on a device, where measurements say so (``python -m benchmarks groupnorm``)
+FASTER = {("group_norm_silu", "cuda"): "triton"}
 STEPS = ("posterior_step", "ddim_step", "affine_step")  # one body runs them
 OPS = ("normal", "add_noise", "guide", *STEPS, "diffusion_loss", "group_norm_silu")
 DIFFERENTIABLE = "reference"  # the backend whose bodies are made of differentiable operations
@@ -76,7 +78,7 @@ def explain(device: torch.device | str = "cpu") -> str:
             name: _serve(name, op if op not in STEPS else "affine_step", kind, torch.float32, False)[1]
             for name in BACKENDS
         }
-        allowed = [name for name in BACKENDS if choice in ("auto", name) and not verdicts[name]]
+        allowed = [name for name in _order(op, kind) if choice in ("auto", name) and not verdicts[name]]
         others = "; ".join(f"not {name}: {reason}" for name, reason in verdicts.items() if reason)
         lines.append(f"{op:<16} {allowed[0] if allowed else 'nothing'}" + (f"  ({others})" if others else ""))
     return "\n".join(lines)
@@ -115,12 +117,18 @@ def _checked_body(choice: str, op: str, device: str) -> Body | None:
 def _serving(choice: str, op: str, device: str, dtype: torch.dtype, differentiable: bool) -> list[Body]:
     """The functions that may run an op, in the order in which they are asked."""
     verdicts = {
-        name: _serve(name, op, device, dtype, differentiable) for name in (BACKENDS if choice == "auto" else (choice,))
+        name: _serve(name, op, device, dtype, differentiable)
+        for name in (_order(op, device) if choice == "auto" else (choice,))
     }
     functions = [function for function, _ in verdicts.values() if function is not None]
     if not functions:
         raise InputError(f"{op} on {device}: " + "; ".join(f"{name} {why}" for name, (_, why) in verdicts.items()))
     return functions
+
+
+def _order(op: str, device: str) -> list[str]:
+    """The backends as ``auto`` asks them."""
+    return sorted(BACKENDS, key=lambda name: name != FASTER.get((op, device)))
 
 
 def _serve(name: str, op: str, device: str, dtype: torch.dtype, differentiable: bool) -> tuple[Body | None, str]:
