@@ -107,9 +107,9 @@ def warn_of_bias(*sets: FeatureStatistics) -> None:
     for each in sets:
         n, d = each.count, each.dim
         if 0 < n <= d:
+            of_means = float(each.covariance.trace()) / n
             warnings.warn(
                 f"{n} samples of {d} features: their covariance has rank {n - 1} and the Fréchet distance is biased "
-                f"upwards, by {float(each.covariance.trace()) / n:.3g} in the means alone; compare equal counts, or ask "
-                "for fid_infinity",
+                f"upwards, by {of_means:.3g} in the means alone; compare equal counts, or ask for fid_infinity",
                 stacklevel=3,
             )
