@@ -6,7 +6,7 @@ from importlib.metadata import version as _version
 from fastdiff import guidance, metrics, noise, ops
 from fastdiff.diffusion import Diffusion
 from fastdiff.errors import InputError
-from fastdiff.models import MLP, UNet
+from fastdiff.models import MLP, Classifier, UNet
 from fastdiff.ops import backend, explain
 from fastdiff.sampler import Recorder, Sampler
 from fastdiff.schedule import Schedule
@@ -18,6 +18,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 __all__ = [
     "MLP",
+    "Classifier",
     "Diffusion",
     "InputError",
     "Recorder",

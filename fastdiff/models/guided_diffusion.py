@@ -1,7 +1,8 @@
 """Weights of guided-diffusion's ``UNetModel`` (Dhariwal & Nichol 2021): its settings, names and order of rows.
 
 Settings are the arguments of ``UNetModel`` or ``SuperResModel``, or the flags of its scripts, which have other names,
-other defaults and attention by pixels. The older improved-diffusion has the same names of tensors.
+other defaults and attention by pixels. The older improved-diffusion has the same names of tensors. So has the
+classifier, ``EncoderUNetModel``, whose settings are its arguments or the flags of its script.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from fastdiff.models.settings import (
 from fastdiff.models.weights import UNFIT, Entry
 
 if TYPE_CHECKING:
+    from fastdiff.models.classifier import Classifier
+    from fastdiff.models.encoder import Encoder
     from fastdiff.models.unet import UNet
 
 FIRST = "input_blocks.0.0"  #: the first convolution
@@ -40,6 +43,11 @@ GROUPS, EPS = 32, 1e-5  #: of every group norm
 IMAGENET = 1000  #: classes that the flag class_cond stands for
 
 # ---- settings ---------------------------------------------------------------------------------
+
+
+def _pixels(default: str) -> Setting:
+    return Setting(default, lambda value: bool(_numbers(value)), 'pixels such as "32,16,8"')
+
 
 _EITHER = exactly(False, True)
 _HEADS = {
@@ -81,7 +89,7 @@ FLAGS: dict[str, Setting] = {
     "num_channels": whole(128),
     "num_res_blocks": whole(2),
     "num_heads": whole(4),
-    "attention_resolutions": Setting("16,8", lambda v: bool(_numbers(v)), 'pixels such as "32,16,8"'),
+    "attention_resolutions": _pixels("16,8"),
     "channel_mult": Setting("", lambda v: v == "" or bool(_numbers(v)), 'factors such as "1,2,4", or ""'),
     "class_cond": _EITHER,
     "use_scale_shift_norm": exactly(True, False),
@@ -160,17 +168,24 @@ def constructor(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def arguments(values: dict[str, Any], super_resolution: bool) -> dict[str, Any]:
     """UNet's arguments for those of a ``UNetModel`` or, with ``super_resolution``, of a ``SuperResModel``."""
-    channels, mult = values["model_channels"], values["channel_mult"]
+    size = weights.image_size(values["image_size"], len(values["channel_mult"]))
     image, condition = _channels(values["in_channels"], values["out_channels"], super_resolution)
-    size = weights.image_size(values["image_size"], len(mult))
     learned = values["out_channels"] == 2 * image
-    head = values["num_head_channels"]
     return {
         "image_size": size,
         "in_channels": image,
         "condition_channels": condition,
         "out_channels": image if learned else values["out_channels"],
         "learned_variance": learned,
+        "num_classes": values["num_classes"],
+        "null_label": False,
+        **_of_blocks(values, size),
+    }
+
+
+def _of_blocks(values: dict[str, Any], size: int) -> dict[str, Any]:
+    channels, mult, head = values["model_channels"], values["channel_mult"], values["num_head_channels"]
+    return {
         "model_channels": channels,
         "channel_mult": weights.multiples([int(factor * channels) for factor in mult], channels),
         "num_res_blocks": values["num_res_blocks"],
@@ -183,8 +198,6 @@ def arguments(values: dict[str, Any], super_resolution: bool) -> dict[str, Any]:
         "scale_shift": values["use_scale_shift_norm"],
         "resblock_updown": values["resblock_updown"],
         "conv_resample": values["conv_resample"],
-        "num_classes": values["num_classes"],
-        "null_label": False,
     }
 
 
@@ -243,6 +256,71 @@ def _not_theirs(unet: UNet) -> list[str]:
     return problems + ([] if emb == four else [f"embedding_channels={emb} must be 4 model_channels = {four}"])
 
 
+# ---- settings of classifiers ------------------------------------------------------------------
+
+POOLS = {"attention": "attention", "adaptive": "average"}  #: theirs in ours
+CLASSIFIER_ARGUMENTS: dict[str, Setting] = {
+    **{key: setting for key, setting in ARGUMENTS.items() if key != "num_classes"},
+    "pool": exactly("adaptive", "attention"),
+}
+CLASSIFIER_FLAGS: dict[str, Setting] = {
+    "image_size": exactly(*sorted(MULTIPLES)),
+    "classifier_width": whole(128),
+    "classifier_depth": whole(2),
+    "classifier_attention_resolutions": _pixels("32,16,8"),
+    "classifier_use_scale_shift_norm": exactly(True, False),
+    "classifier_resblock_updown": exactly(True, False),
+    "classifier_pool": exactly("attention", "adaptive"),
+    "classifier_use_fp16": anything(False),
+    **{key: anything() for key in DIFFUSION},
+}
+
+
+def _heads_of_pool(values: dict[str, Any]) -> list[str]:
+    fits = values["pool"] != "attention" or values["num_head_channels"] != -1
+    return [] if fits else ["num_head_channels=-1 must be the width of a head with pool='attention'"]
+
+
+CLASSIFIER_CHECKS: tuple[Check, ...] = (*CHECKS, (("pool", "num_head_channels"), _heads_of_pool))
+
+
+def classifier_constructor(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of ``EncoderUNetModel`` from some of them, or from the flags of the script that trains it.
+
+    Raises:
+        InputError: every setting that does not fit.
+    """
+    unfit = "does not fit fastdiff.Classifier"
+    if "model_channels" in config:
+        what = f"the configuration (arguments of EncoderUNetModel) {unfit}"
+        return settled(what, config, CLASSIFIER_ARGUMENTS, CLASSIFIER_CHECKS)
+    flags = settled(f"the configuration (flags of guided-diffusion) {unfit}", config, CLASSIFIER_FLAGS)
+    size, pixels = flags["image_size"], _numbers(flags["classifier_attention_resolutions"])
+    given = {
+        "image_size": size,
+        "in_channels": 3,
+        "model_channels": flags["classifier_width"],
+        "out_channels": IMAGENET,
+        "num_res_blocks": flags["classifier_depth"],
+        "attention_resolutions": [size // number for number in pixels],
+        "channel_mult": MULTIPLES[size],
+        "num_head_channels": 64,
+        **{key: flags[f"classifier_{key}"] for key in ("use_scale_shift_norm", "resblock_updown", "pool")},
+    }
+    return {key: given.get(key, setting.default) for key, setting in CLASSIFIER_ARGUMENTS.items()}
+
+
+def classifier_arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """Classifier's arguments for those of an ``EncoderUNetModel``."""
+    return {
+        "image_size": values["image_size"],
+        "in_channels": values["in_channels"],
+        "num_classes": values["out_channels"],
+        "pool": POOLS[values["pool"]],
+        **_of_blocks(values, values["image_size"]),
+    }
+
+
 # ---- names ------------------------------------------------------------------------------------
 
 ENDS = {
@@ -253,6 +331,13 @@ ENDS = {
     "norm_out": "out.0",
     "conv_out": "out.2",
 }
+CLASSIFIER_ENDS = {
+    **{ours: theirs for ours, theirs in ENDS.items() if ours not in ("label", "conv_out")},
+    "pool": "out.2",
+    "pool.qkv": "out.2.qkv_proj",
+    "out": "out.2.c_proj",
+}
+AVERAGE_ENDS = {ours: theirs for ours, theirs in CLASSIFIER_ENDS.items() if "pool" not in ours} | {"out": "out.3"}
 RESIDUAL = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -262,8 +347,8 @@ RESIDUAL = {
 }
 
 
-def table(unet: UNet, new_attention_order: bool) -> list[Entry]:
-    """Where each tensor of a ``UNetModel`` lives in ``unet``."""
+def table(network: Encoder, new_attention_order: bool, ends: Mapping[str, str] = ENDS) -> list[Entry]:
+    """Where each tensor of a ``UNetModel`` lives in ``network``, or with other ``ends`` of an ``EncoderUNetModel``."""
 
     def parts(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None]]:
         if isinstance(module, ResBlock):
@@ -275,15 +360,15 @@ def table(unet: UNet, new_attention_order: bool) -> list[Entry]:
         elif isinstance(module, Downsample | Upsample):
             yield "", "op" if isinstance(module, Downsample) else "conv", None
 
-    made = weights.entries(unet, ENDS, _blocks(unet), parts, "emb_layers.1")
+    made = weights.entries(network, ends, _blocks(network), parts, "emb_layers.1")
     return [_convolution(entry) for entry in made]
 
 
-def _blocks(unet: UNet) -> Iterator[tuple[str, str]]:
-    for n, block in enumerate(unet.down):
+def _blocks(network: Encoder) -> Iterator[tuple[str, str]]:
+    for n, block in enumerate(network.down):
         yield from ((f"down.{n}.{m}", f"input_blocks.{n + 1}.{m}") for m, _ in enumerate(block.children()))
-    yield from ((f"middle.{m}", f"middle_block.{m}") for m, _ in enumerate(unet.middle))
-    for n, block in enumerate(unet.up):
+    yield from ((f"middle.{m}", f"middle_block.{m}") for m, _ in enumerate(network.middle))
+    for n, block in enumerate(getattr(network, "up", ())):
         yield from ((f"up.{n}.{m}", f"output_blocks.{n}.{m}") for m, _ in enumerate(block.children()))
 
 
@@ -295,7 +380,7 @@ def _by_heads(attention: Attention) -> Tensor:
 
 def _convolution(entry: Entry) -> Entry:
     """Attention multiplies by convolutions of one position."""
-    matrix = entry.theirs.endswith((".qkv.weight", ".proj_out.weight"))
+    matrix = entry.theirs.endswith((".qkv.weight", "_proj.weight", ".proj_out.weight"))
     return replace(entry, shape=(*entry.shape, 1)) if matrix else entry
 
 
@@ -304,13 +389,29 @@ def _convolution(entry: Entry) -> Entry:
 
 def load(build: Callable[..., UNet], source: object, config: object) -> UNet:
     """See :meth:`UNet.from_guided_diffusion`."""
-    given = config if isinstance(config, Mapping) else _io.read_json(weights.as_path(config))
-    values = constructor(given)
-    if isinstance(source, Mapping):
-        what, state = "the state dict", weights.state_dict(source, "the state dict")
-    else:
-        what, state = str(source), weights.read_tensors(weights.as_path(source))
+    values = constructor(_settings(config))
+    what, state = _state(source)
     first = state.get(f"{FIRST}.weight")
     twice = first is not None and first.ndim == 4 and first.shape[1] == 2 * values["in_channels"]
     unet = weights.empty(build, arguments(values, twice))
     return weights.filled(unet, table(unet, values["use_new_attention_order"]), state, what)
+
+
+def load_classifier(build: Callable[..., Classifier], source: object, config: object) -> Classifier:
+    """See :meth:`Classifier.from_guided_diffusion`."""
+    values = classifier_constructor(_settings(config))
+    what, state = _state(source)
+    network = weights.empty(build, classifier_arguments(values))
+    ends = CLASSIFIER_ENDS if values["pool"] == "attention" else AVERAGE_ENDS
+    return weights.filled(network, table(network, values["use_new_attention_order"], ends), state, what)
+
+
+def _settings(config: object) -> Mapping[str, Any]:
+    return config if isinstance(config, Mapping) else _io.read_json(weights.as_path(config))
+
+
+def _state(source: object) -> tuple[str, dict[str, Tensor]]:
+    """What the source is called, and its tensors by name."""
+    if isinstance(source, Mapping):
+        return "the state dict", weights.state_dict(source, "the state dict")
+    return str(source), weights.read_tensors(weights.as_path(source))

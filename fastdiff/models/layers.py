@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,11 +158,20 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else Conv(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x ``[N, C, H, W]``, condition ``[N, condition]``."""
-        h = self.norm1.then(lambda h: self.conv1(resample(h, min(self.resample, 0))), x)
-        x = self.skip(resample(x, self.resample))
+        """x ``[N, C, H, W]``, condition ``[N, condition]``, which :attr:`joined` is part of already."""
+        h = self.norm1.then(lambda h: self.conv1(resample(h, min(self.resample, 0)), bias=self.joined is None), x)
+        x = resample(x, self.resample)
+        if isinstance(self.skip, Conv):  # two biases in one pass
+            x = self.skip(x, bias=cast(Tensor, self.skip.bias) + cast(Tensor, self.conv2.bias))
         normed = (h, *condition.chunk(2, 1)) if self.scale_shift else (h + condition[..., None, None],)
-        return self.norm2.then(lambda h: self.conv2(self.dropout(h), add=x), *normed)
+        return self.norm2.then(
+            lambda h: self.conv2(self.dropout(h), add=x, bias=not isinstance(self.skip, Conv)), *normed
+        )
+
+    @property
+    def joined(self) -> Tensor | None:
+        """The bias of the first convolution where it can be part of the condition, which is added to the same."""
+        return None if self.scale_shift else self.conv1.bias
 
 
 class Attention(nn.Module):
@@ -170,8 +179,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int, groups: int, eps: float, norm: bool = True) -> None:
         super().__init__()
-        fits = heads >= 1 and channels % heads == 0
-        check(fits, f"{channels} channels cannot be split into {heads} attention heads (num_heads)")
+        _check_heads(channels, heads)
         self.heads = heads
         self.norm = GroupNormSiLU(channels, groups, eps, activation="none") if norm else nn.Identity()
         self.qkv = Linear(channels, 3 * channels)
@@ -180,10 +188,40 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, 2))
+        q, k, v = _by_heads(self.qkv(tokens), self.heads)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out: Tensor = self.out(attended, add=x.flatten(2).transpose(1, 2))
         return out.transpose(1, 2).reshape(n, c, height, width)
+
+
+class AttentionPool(nn.Module):
+    """One vector ``[N, C]`` of an image ``[N, C, H, W]``: what the mean of its positions attends to, itself included.
+
+    Each has a learned place (Radford et al. 2021, section 2.4; Dhariwal & Nichol 2021, section 4.1).
+    """
+
+    def __init__(self, channels: int, heads: int, positions: int) -> None:
+        super().__init__()
+        _check_heads(channels, heads)
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(channels, 1 + positions) / channels**0.5)
+        self.qkv = Linear(channels, 3 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.flatten(2)
+        places = torch.cat((places.mean(2, keepdim=True), places), 2) + self.positional_embedding.to(x.dtype)
+        q, k, v = _by_heads(self.qkv(places.transpose(1, 2)), self.heads)
+        return F.scaled_dot_product_attention(q[:, :, :1], k, v).flatten(1)
+
+
+def _by_heads(qkv: Tensor, heads: int) -> list[Tensor]:
+    """Query, key and value ``[N, heads, T, C / heads]`` of ``[N, T, 3 C]``."""
+    return [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2)]
+
+
+def _check_heads(channels: int, heads: int) -> None:
+    fits = heads >= 1 and channels % heads == 0
+    check(fits, f"{channels} channels cannot be split into {heads} attention heads (num_heads)")
 
 
 class Resample(nn.Module):

@@ -2,89 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.errors import check
-from fastdiff.models import diffusers, guided_diffusion, weights
-from fastdiff.models.convolution import Conv, Downsample, Layer, Linear, Upsample, packs
-from fastdiff.models.layers import (
-    Attention,
-    Conditional,
-    GroupNormSiLU,
-    LabelEmbedding,
-    Resample,
-    ResBlock,
-    TimeEmbedding,
-    zero_init,
-)
-from fastdiff.models.settings import Check, Setting, exactly, is_number, is_whole, number, settled, several, whole
+from fastdiff.models import diffusers, encoder, guided_diffusion, weights
+from fastdiff.models.convolution import Conv
+from fastdiff.models.encoder import CHECKS, EITHER, MAYBE, Encoder, Parts, run_block
+from fastdiff.models.layers import LabelEmbedding, zero_init
+from fastdiff.models.settings import Setting, settled, whole
 from fastdiff.ops.checks import check_floating
-from fastdiff.ops.layout import channels_last, format_of
+from fastdiff.ops.layout import format_of
 
-_EITHER, _MAYBE = exactly(True, False), whole(or_value=(None,))
 SETTINGS: dict[str, Setting] = {
-    "image_size": whole(),
-    "in_channels": whole(),
-    "out_channels": _MAYBE,
-    "model_channels": whole(least=2),
-    "channel_mult": several(None, lambda value: is_number(value) and 0 < value < math.inf, "positive numbers"),
-    "num_res_blocks": whole(),
-    "attention_resolutions": several(None, is_whole, "resolutions of levels in pixels"),
-    "num_heads": whole(),
-    "num_head_channels": _MAYBE,
-    "norm_groups": whole(),
-    "norm_eps": number(),
-    "dropout": number(below=1),
-    "scale_shift": _EITHER,
-    "resblock_updown": _EITHER,
-    "conv_resample": _EITHER,
-    "downsample_padding": exactly(1, 0),
-    "num_classes": _MAYBE,
-    "null_label": _EITHER,
-    "learned_variance": _EITHER,
+    **encoder.SETTINGS,
+    "out_channels": MAYBE,
+    "num_classes": MAYBE,
+    "null_label": EITHER,
+    "learned_variance": EITHER,
     "condition_channels": whole(least=0),
-    "embedding_channels": _MAYBE,
-    "frequency_shift": exactly(0, 1),
-    "middle_attention": _EITHER,
-    "middle_attention_norm": _EITHER,
 }
 
 
-def _frequencies(config: dict[str, Any]) -> list[str]:
-    channels, least = config["model_channels"], 2 + 2 * config["frequency_shift"]
-    return [] if channels >= least else [f"model_channels must be at least {least}, to be sines and cosines"]
-
-
-def _levels(config: dict[str, Any]) -> list[str]:
-    mult, channels, size = config["channel_mult"], config["model_channels"], config["image_size"]
-    widths = [multiple * channels for multiple in mult]
-    if not mult or any(round(width) < 1 or abs(width - round(width)) >= 1e-6 for width in widths):
-        return [f"channel_mult must name at least one level, each a whole number of channels, got {mult}"]
-    halvings = len(mult) - 1
-    return [f"image_size {size} cannot be halved {halvings} times (channel_mult)"] if size % 2**halvings else []
-
-
-def _attended(config: dict[str, Any]) -> list[str]:
-    sizes = [config["image_size"] >> level for level in range(len(config["channel_mult"]))]
-    unknown = sorted(set(config["attention_resolutions"]) - set(sizes))
-    return [f"attention_resolutions {unknown} do not occur: the levels are {sizes}"] if unknown else []
-
-
-CHECKS: tuple[Check, ...] = (
-    (("frequency_shift", "model_channels"), _frequencies),
-    (("channel_mult", "model_channels", "image_size"), _levels),
-    (("channel_mult", "attention_resolutions", "image_size"), _attended),
-)
-
-
-class UNet(Conditional):
+class UNet(Encoder):
     """Noise-conditional U-Net: ``unet(x, t, y=None, condition=None)``, ``[N, C, H, W]`` to ``[N, out, H, W]``.
 
     It computes in the precision of its parameters, or in autocast's; what it returns has the dtype and memory format of
@@ -154,72 +98,26 @@ class UNet(Conditional):
         super().__init__()
         settled("this configuration does not fit fastdiff.UNet", config, SETTINGS, CHECKS)
         self.config: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
-        parts = _Parts(self.config)
-        emb = embedding_channels or 4 * model_channels
+        parts = Parts(self.config)
         self.in_channels, self.condition_channels = in_channels, condition_channels
         self.widths, self.factor = parts.widths, 2 ** (len(channel_mult) - 1)
-        self.time = TimeEmbedding(model_channels, emb, frequency_shift)
-        self.label = LabelEmbedding(num_classes, emb, null_label) if num_classes is not None else None
-        width = parts.widths[0]
-        self.conv_in = Conv(in_channels + condition_channels, width, 3, padding=1)
+        self.time = parts.time()
+        self.label = LabelEmbedding(num_classes, parts.embedding, null_label) if num_classes is not None else None
+        self.conv_in = parts.conv_in(in_channels + condition_channels)
         self.down, skips = parts.down()
         self.middle = parts.middle()
         self.up = parts.up(skips)
-        self.norm_out = GroupNormSiLU(width, norm_groups, norm_eps)
+        self.norm_out = parts.norm(parts.widths[0])
         out = (out_channels or in_channels) * (2 if learned_variance else 1)
-        self.conv_out = zero_init(Conv(width, out, 3, padding=1))
-        self.conditions = [block.condition for block in self.modules() if isinstance(block, ResBlock)]
-        self.emb = Linear(emb, sum(self.conditions))
+        self.conv_out = zero_init(Conv(parts.widths[0], out, 3, padding=1))
+        self.blocks, self.emb = parts.conditioning(self)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """x ``[N, C, H, W]``, t ``[N]`` (whole or fractional), y int64 ``[N]``, condition ``[N, c, h, w]``."""
         self._check_input(x, t, y, condition)
-        image, device = self._with_condition(x, condition), x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.emb.weight.dtype
-        with torch.autocast(device, enabled=False):
-            out = self._run(image.to(dtype, memory_format=channels_last(4)), t, y)
+        out = self._in_precision(lambda image: self._run(image, t, y), self._with_condition(x, condition))
         return out.to(x.dtype, memory_format=format_of(x))
-
-    def prepared(self, dtype: torch.dtype | None = None) -> UNet:
-        """A copy for inference, with its weights in ``dtype`` (default: theirs) and arranged for the machine once.
-
-        Where there is nothing to convert or arrange it is this network itself. The copy takes new weights when it is
-        told to: ``copy.refresh(unet)``.
-        """
-        dtype = dtype or self.emb.weight.dtype
-        if dtype == self.emb.weight.dtype and (self.emb.packed or not self._arranges(dtype)):
-            return self
-        with torch.inference_mode(False):
-            made = copy.deepcopy(self).to(dtype).eval().requires_grad_(False)
-        made.refresh(self)
-        return made
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def refresh(self, unet: UNet) -> None:
-        """Take the weights of ``unet``, of the same configuration, into the memory they have here.
-
-        Raises:
-            InputError: another configuration.
-        """
-        if unet is self:
-            return
-        check(isinstance(unet, UNet), f"refresh needs a UNet, got {type(unet).__name__}")
-        mine, its = _values(self), _values(unet)
-        differing = [name for name in {**mine, **its} if name not in mine or name not in its]
-        differing += [name for name in mine if name in its and mine[name].shape != its[name].shape]
-        check(not differing, f"refresh needs a UNet of the same configuration, this one differs in {differing[:3]}")
-        for name, value in mine.items():
-            value.copy_(its[name])
-        dtype = self.emb.weight.dtype
-        if self._arranges(dtype):
-            for layer in self.modules():
-                if isinstance(layer, Layer):
-                    layer.pack(dtype)
-
-    def _arranges(self, dtype: torch.dtype) -> bool:
-        return self.emb.weight.device.type == "cpu" and packs(dtype)
 
     @classmethod
     def from_diffusers(cls, source: object, *, subfolder: str | None = None) -> UNet:
@@ -303,16 +201,10 @@ class UNet(Conditional):
         settings = guided_diffusion.config(self, new_attention_order)
         return settings, weights.exported(self, guided_diffusion.table(self, new_attention_order))
 
-    def _run(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        conditions = iter(self.emb(F.silu(self._embedding(t, y, x.dtype))).split(self.conditions, 1))
-        h = self.conv_in(x)
-        skips = [h]
-        for block in self.down:
-            h = _run(block, h, conditions)
-            skips.append(h)
-        h = _run(self.middle, h, conditions)
+    def _run(self, image: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        h, skips, conditions = self._encoded(image, t, y)
         for block in self.up:
-            h = _run(block, torch.cat((h, skips.pop()), 1), conditions)
+            h = run_block(block, torch.cat((h, skips.pop()), 1), conditions)
         return self.norm_out.then(self.conv_out, h)
 
     def _with_condition(self, x: Tensor, condition: Tensor | None) -> Tensor:
@@ -343,79 +235,3 @@ class UNet(Conditional):
         fits = condition.ndim == 4 and list(condition.shape[:2]) == expected and condition.shape[2:].numel() > 0
         check(fits, f"{need}, got {list(condition.shape)}")
         check(condition.device == x.device, f"condition must be on {x.device}, got {condition.device}")
-
-
-def _values(unet: UNet) -> dict[str, Tensor]:
-    return dict((*unet.named_parameters(), *unet.named_buffers()))
-
-
-def _run(block: nn.Module, h: Tensor, conditions: Iterator[Tensor]) -> Tensor:
-    for layer in block.children():
-        h = layer(h, next(conditions)) if isinstance(layer, ResBlock) else layer(h)
-    return h
-
-
-class _Parts:
-    """Builds the parts of one configuration."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config, self.blocks = config, config["num_res_blocks"]
-        self.sizes = [config["image_size"] >> level for level in range(len(config["channel_mult"]))]
-        self.widths = [round(multiple * config["model_channels"]) for multiple in config["channel_mult"]]
-        self.norm = {"groups": config["norm_groups"], "eps": config["norm_eps"]}
-
-    def down(self) -> tuple[nn.ModuleList, list[int]]:
-        """The blocks on the way down, and the width of each skip connection."""
-        blocks, skips = nn.ModuleList(), [self.widths[0]]
-        for level, width in enumerate(self.widths):
-            for _ in range(self.blocks):
-                blocks.append(self._block(skips[-1], width, level))
-                skips.append(width)
-            if level < len(self.widths) - 1:
-                blocks.append(nn.ModuleList([self._change(width, -1)]))
-                skips.append(width)
-        return blocks, skips
-
-    def middle(self) -> nn.ModuleList:
-        width = self.widths[-1]
-        norm = self.config["middle_attention_norm"]
-        attention = [self._attention(width, norm)] if self.config["middle_attention"] else []
-        return nn.ModuleList([self._res(width, width), *attention, self._res(width, width)])
-
-    def up(self, skips: list[int]) -> nn.ModuleList:
-        """The blocks on the way up; each takes the newest skip connection that is left."""
-        blocks, inside, skips = nn.ModuleList(), skips[-1], list(skips)
-        for level, width in reversed(list(enumerate(self.widths))):
-            for i in range(self.blocks + 1):
-                block = self._block(inside + skips.pop(), width, level)
-                if level and i == self.blocks:
-                    block.append(self._change(width, 1))
-                blocks.append(block)
-                inside = width
-        return blocks
-
-    def _block(self, inside: int, outside: int, level: int) -> nn.ModuleList:
-        attention = [self._attention(outside)] if self.sizes[level] in self.config["attention_resolutions"] else []
-        return nn.ModuleList([self._res(inside, outside), *attention])
-
-    def _res(self, inside: int, outside: int, direction: int = 0) -> ResBlock:
-        config = self.config
-        settings = {"dropout": config["dropout"], "scale_shift": config["scale_shift"], **self.norm}
-        return ResBlock(inside, outside, **settings, resample=direction)
-
-    def _attention(self, channels: int, norm: bool = True) -> Attention:
-        heads, wide = self.config["num_heads"], self.config["num_head_channels"]
-        if wide is not None:
-            fits = wide >= 1 and channels % wide == 0
-            check(fits, f"{channels} channels cannot be split into heads of {wide} (num_head_channels)")
-            heads = channels // wide
-        return Attention(channels, heads, **self.norm, norm=norm)
-
-    def _change(self, channels: int, direction: int) -> nn.Module:
-        if self.config["resblock_updown"]:
-            return self._res(channels, channels, direction)
-        if not self.config["conv_resample"]:
-            return Resample(direction)
-        return (
-            Upsample(channels, channels) if direction > 0 else Downsample(channels, self.config["downsample_padding"])
-        )

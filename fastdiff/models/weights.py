@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -21,8 +21,9 @@ from fastdiff.models.layers import ResBlock
 from fastdiff.models.settings import refuse
 
 if TYPE_CHECKING:
-    from fastdiff.models.unet import UNet
+    from fastdiff.models.encoder import Encoder
 
+E = TypeVar("E", bound="Encoder")
 UNFIT = "does not fit fastdiff.UNet"
 LISTED = 10  #: names of one kind in a message; the rest is counted
 
@@ -76,7 +77,7 @@ Parts = Callable[[nn.Module], Iterable[tuple[str, str, Tensor | None]]]
 
 
 def entries(
-    unet: UNet, ends: Mapping[str, str], blocks: Iterable[tuple[str, str]], parts: Parts, emb: str
+    network: Encoder, ends: Mapping[str, str], blocks: Iterable[tuple[str, str]], parts: Parts, emb: str
 ) -> list[Entry]:
     """The table of a network's tensors.
 
@@ -86,19 +87,20 @@ def entries(
         parts: what is in such a part.
         emb: their name of a residual block's projection of the time embedding. Ours are the rows of one.
     """
-    rows = iter(torch.arange(sum(unet.conditions)).split(unet.conditions))
-    table = [entry for ours, theirs in ends.items() for entry in _tensors(unet, ours, theirs)]
+    widths = [block.condition for block in network.blocks]
+    rows = iter(torch.arange(sum(widths)).split(widths))
+    table = [entry for ours, theirs in ends.items() for entry in _tensors(network, ours, theirs)]
     for ours, theirs in blocks:
-        module = unet.get_submodule(ours)
+        module = network.get_submodule(ours)
         for part, name, index in parts(module):
-            table += _tensors(unet, _join(ours, part), _join(theirs, name), index)
+            table += _tensors(network, _join(ours, part), _join(theirs, name), index)
         if isinstance(module, ResBlock):
-            table += _tensors(unet, "emb", _join(theirs, emb), next(rows))
+            table += _tensors(network, "emb", _join(theirs, emb), next(rows))
     return table
 
 
-def _tensors(unet: UNet, ours: str, theirs: str, index: Tensor | None = None) -> Iterator[Entry]:
-    module = unet.get_submodule(ours) if ours != "label" or unet.label is not None else nn.Identity()
+def _tensors(network: Encoder, ours: str, theirs: str, index: Tensor | None = None) -> Iterator[Entry]:
+    module = network.get_submodule(ours) if ours != "label" or network.label is not None else nn.Identity()
     for name, parameter in module.named_parameters(recurse=False):
         shape = tuple(parameter.shape) if index is None else (len(index), *parameter.shape[1:])
         yield Entry(f"{theirs}.{name}", f"{ours}.{name}", shape, index)
@@ -108,13 +110,13 @@ def _join(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def exported(unet: UNet, table: list[Entry]) -> dict[str, Tensor]:
+def exported(network: Encoder, table: list[Entry]) -> dict[str, Tensor]:
     """The peer's state dict: copies, contiguous, in the dtype and on the device of the network."""
-    check(not any(p.is_meta for p in unet.parameters()), "a UNet on the meta device has no weights to export")
-    return {entry.theirs: entry.give(unet.get_parameter(entry.ours)) for entry in table}
+    check(not any(p.is_meta for p in network.parameters()), "a UNet on the meta device has no weights to export")
+    return {entry.theirs: entry.give(network.get_parameter(entry.ours)) for entry in table}
 
 
-def empty(build: Callable[..., UNet], settings: dict[str, Any]) -> UNet:
+def empty(build: Callable[..., E], settings: dict[str, Any]) -> E:
     """The network without memory for its weights."""
     try:
         with torch.device("meta"):
@@ -124,7 +126,7 @@ def empty(build: Callable[..., UNet], settings: dict[str, Any]) -> UNet:
 
 
 @torch.no_grad()
-def filled(unet: UNet, table: list[Entry], state: Mapping[str, Tensor], what: str) -> UNet:
+def filled(network: E, table: list[Entry], state: Mapping[str, Tensor], what: str) -> E:
     """A network made by :func:`empty`, with the weights of a state dict: float32, on the CPU, in evaluation mode.
 
     Raises:
@@ -139,10 +141,10 @@ def filled(unet: UNet, table: list[Entry], state: Mapping[str, Tensor], what: st
     problems += _listed("not floating", [e.theirs for e in both if not state[e.theirs].is_floating_point()])
     problems += _listed("without values", [e.theirs for e in both if not _has_values(state[e.theirs])])
     refuse(f"the tensors of {what} do not fit its configuration", problems)
-    unet = unet.to_empty(device="cpu").float().eval()
+    network = network.to_empty(device="cpu").float().eval()
     for entry in table:
-        entry.take(unet.get_parameter(entry.ours), state[entry.theirs])
-    return unet
+        entry.take(network.get_parameter(entry.ours), state[entry.theirs])
+    return network
 
 
 def _has_values(tensor: Tensor) -> bool:
