@@ -2,8 +2,9 @@
 
 All have the same weights. The floor is one matrix product of as many multiplications as the network's convolutions and
 matrix products have, in the same precision. Peers: diffusers as it comes (float32), channels-last in bfloat16, and
-both through torch.compile, for inference on a CPU also with frozen weights. A training step is forward, mean squared error,
-backward and fused AdamW (with a learning rate of 0, so that every call computes the same), under autocast in bfloat16.
+both through torch.compile, for inference on a CPU also with frozen weights. A training step is forward, mean squared
+error, backward and fused AdamW (with a learning rate of 0, so that every call computes the same), under autocast in
+bfloat16.
 """
 
 from __future__ import annotations
