@@ -72,7 +72,7 @@ def streaming(shape: tuple[int, int]) -> Case:
         ours=lambda arrays: partial(_stream, spread(arrays.reads[0])),
         formula=lambda arrays: _moments(arrays.reads[0]),
         peers=(
-            Peer("numpy.cov, stored", lambda: lambda arrays: partial(_numpy, spread(arrays.reads[0]).cpu()), 1e-4),
+            Peer("numpy.cov, stored", lambda: lambda arrays: partial(_numpy, spread(arrays.reads[0])), 1e-4),
             Peer("torchmetrics update", _torchmetrics_update, None),
         ),
         tolerance=1e-9,
@@ -89,7 +89,7 @@ def spread(x: Tensor) -> Tensor:
 
 
 def truth(arrays: Arrays) -> tuple[Tensor]:
-    mean1, x, mean2, y = (part for value in arrays.reads for part in _centred(spread(value.cpu().float()).double()))
+    mean1, x, mean2, y = (part for value in arrays.reads for part in _centred(spread(value.float()).double().cpu()))
     if len(x) > x.shape[1]:
         x, y = (torch.linalg.qr(part, mode="r")[1] for part in (x, y))
     traces = x.square().sum() + y.square().sum()
@@ -129,9 +129,14 @@ def _from_features(distance: Distance, *sets: Tensor) -> float:
 
 
 def _pytorch_fid() -> Distance:
-    from pytorch_fid.fid_score import calculate_frechet_distance
+    """Its formula: the package itself asks SciPy for an argument that SciPy 1.18 no longer has."""
+    from scipy.linalg import sqrtm
 
-    return lambda *moments: calculate_frechet_distance(*(m.cpu().numpy() for m in moments))
+    def distance(*moments: Tensor) -> float:
+        mu1, s1, mu2, s2 = (m.cpu().numpy() for m in moments)
+        return float(np.square(mu1 - mu2).sum() + np.trace(s1) + np.trace(s2) - 2 * np.trace(sqrtm(s1 @ s2)).real)
+
+    return distance
 
 
 def _torchmetrics() -> Distance:
@@ -151,7 +156,7 @@ def _torch_fidelity() -> Distance:
     return distance
 
 
-PEERS = {"pytorch-fid": _pytorch_fid, "torchmetrics": _torchmetrics, "torch-fidelity": _torch_fidelity}
+PEERS = {"pytorch-fid (scipy sqrtm)": _pytorch_fid, "torchmetrics": _torchmetrics, "torch-fidelity": _torch_fidelity}
 
 
 def _stream(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,8 +166,9 @@ def _stream(x: Tensor) -> tuple[Tensor, Tensor]:
     return statistics.mean, statistics.covariance
 
 
-def _numpy(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(x.numpy().mean(0)), torch.from_numpy(np.cov(x.numpy(), rowvar=False))
+def _numpy(x: Tensor) -> tuple[Tensor, ...]:
+    rows = x.cpu().numpy()
+    return tuple(torch.from_numpy(part).to(x.device) for part in (rows.mean(0), np.cov(rows, rowvar=False)))
 
 
 def _torchmetrics_update() -> Bind:

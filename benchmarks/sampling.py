@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fastdiff as fd
 from benchmarks.harness import Bind, Call, Case, Peer
-from benchmarks.unet import BF16, LAST, _name, _product, make_network
+from benchmarks.unet import BF16, LAST, _name, _product, make_network, our_network
 
 RUNS = {"ddim": 50, "dpmpp_2m": 20, "ddpm": 1000}
 TOLERANCE = {torch.float32: 1e-3, BF16: 0.1}
@@ -79,7 +79,7 @@ def points(setting: Setting, fast: bool) -> Case:
 def images(setting: Setting, quick: bool) -> Case:
     network = cache(partial(make_images_network, setting, quick, torch.float32))
     half = cache(partial(make_images_network, setting, quick, BF16))
-    ours = cache(lambda: fd.UNet.from_diffusers(network()).to(setting.dtype).eval())
+    ours = cache(lambda: our_network(network).to(setting.dtype).eval())
     pipeline: Contestant = scheduler_loop if setting.solver == "dpmpp_2m" else diffusers_pipeline
     name, plain = "pipeline", 1e-2  # their tables are of float32
     precise = setting.dtype == torch.float32

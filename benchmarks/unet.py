@@ -55,11 +55,16 @@ def make_network(device: torch.device, small: bool) -> Any:
     ).to(device)
 
 
+def our_network(network: Callable[[], Any]) -> fd.UNet:
+    """The same network and weights, on the same device."""
+    return fd.UNet.from_diffusers(theirs := network()).to(theirs.device)
+
+
 # ---- forward ----------------------------------------------------------------------------------
 
 
 def forward(shape: Shape, dtype: torch.dtype, network: Callable[[], Any]) -> Case:
-    ours = cache(lambda: fd.UNet.from_diffusers(network()).prepared(dtype))
+    ours = cache(lambda: our_network(network).prepared(dtype))
     tolerance = TOLERANCE[dtype]
     peers = [Peer("diffusers float32", partial(_eager, network), tolerance)]
     if dtype == BF16:
@@ -124,7 +129,7 @@ def training(shape: Shape, network: Callable[[], Any]) -> Case:
         shape=shape,
         reads=2,
         writes=0,
-        ours=_trainer(lambda: fd.UNet.from_diffusers(network()), ours=True),
+        ours=_trainer(partial(our_network, network), ours=True),
         formula=lambda arrays: _step(network().double(), None, False, *arrays.reads),
         peers=(
             Peer("diffusers float32", partial(_trainer, network, autocast=False), tolerance),

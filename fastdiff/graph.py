@@ -39,6 +39,7 @@ LEAST_ROWS = 1024  # that a captured table has room for
 Call = Callable[[], object]
 _of: WeakKeyDictionary[Any, Graphs] = WeakKeyDictionary()
 _capturing = threading.Lock()  # PyTorch captures one graph at a time
+_left: list[Any] = []  # pools of captures that failed, whose memory PyTorch never frees: the next ones use it
 
 
 def serves(device: torch.device) -> bool:
@@ -80,7 +81,7 @@ class Captured:
         self.memory = loop.memory(self._given, keep_x0)
         self._row = torch.zeros((), dtype=torch.int64, device=given.x.device)
         self._replays: dict[Kind, Call] = {}
-        self._pool = new_pool()
+        self.pool = new_pool()
         self._noisy = False
 
     def capture(self, loop: Loop, given: Given, kinds: Sequence[Kind]) -> None:
@@ -92,7 +93,7 @@ class Captured:
                 loop.run(self._given, self.memory, self._row, kind)
                 self._row.add_(1)
 
-            self._replays[kind] = capture(row, lambda: self.start(loop, given), given.x.device, self._pool)
+            self._replays[kind] = capture(row, lambda: self.start(loop, given), given.x.device, self.pool)
         self.start(loop, given)
 
     def start(self, loop: Loop, given: Given) -> None:
@@ -147,6 +148,8 @@ class Slot:
             self._captured = None
             raise
         except Exception as error:
+            if self._captured is not None:
+                _left.append(self._captured.pool)
             self._captured, self._failed = None, True
             reason = " ".join((type(error).__name__, *str(error).splitlines()[:1]))
             warnings.warn(f"no CUDA graph of this loop, it runs row by row: {reason}", RuntimeWarning, stacklevel=6)
@@ -222,7 +225,7 @@ def _autocast(device: torch.device) -> Any:
 
 
 def new_pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+    return _left.pop() if _left else torch.cuda.graph_pool_handle()
 
 
 def capture(row: Call, start: Call, device: torch.device, pool: Any) -> Call:

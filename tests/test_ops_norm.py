@@ -1,5 +1,7 @@
 """Proves group_norm_silu against two passes in extended precision; at large means too."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,8 @@ from op_tools import (
 )
 
 import fastdiff as fd
-from fastdiff import _C
+from fastdiff import _C, backends
+from fastdiff.ops import library
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -227,3 +230,18 @@ def test_group_norm_does_not_cancel_on_planes_of_one_element(ratio, layout):
     x = lay_out(randn((2, 64, 1, 1), 3) + ratio, layout)
     error = norm_error(x, 2, fd.ops.group_norm_silu(x, 2, activation="none"))
     assert error <= 8 * unit(F32) * (4 + ratio)
+
+
+def test_the_backward_pass_runs_on_the_backend_of_the_forward_pass(monkeypatch, each_backend):
+    """On a GPU another thread runs it, which does not know what this one asked for."""
+    asked, run = [], library._run_group_norm_silu_backward
+
+    def spy(*arguments):
+        asked.append(backends.choice())
+        return run(*arguments)
+
+    monkeypatch.setattr(library, "_run_group_norm_silu_backward", spy)
+    y = fd.ops.group_norm_silu(randn((2, 4, 3, 3), 0, F32).requires_grad_(), 2)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(y.sum().backward).result()
+    assert asked == [each_backend]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastdiff.backends import body, checked_body
+from fastdiff.backends import backend, body, checked_body, choice
 from fastdiff.noise import Address, draw
 from fastdiff.ops import reference
 from fastdiff.ops.layout import empty_like, format_of
@@ -262,6 +262,7 @@ torch.library.register_fake("fastdiff::affine_step", lambda *_: None, lib=_libra
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the arguments: tensors as autograd keeps them, the rest as they are. Addressed noise is not among them."""
     ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
+    ctx.choice = choice()  # of this thread: on a GPU another one runs the backward pass
     ctx.others = [None if isinstance(v, Tensor) else (v,) for v in inputs]
 
 
@@ -360,9 +361,12 @@ def _group_norm_backward(ctx: Any, grad: Tensor | None, more: Tensor | None, _: 
         return _follow(reference.group_norm, given, needs, (grad, more))
     x, groups, weight, bias, _, scale, shift, residual, silu = given
     seen = torch.compiler.is_compiling() or watched() or torch._C._functorch.is_legacy_batchedtensor(grad)
-    run = torch.ops.fastdiff.group_norm_silu_backward if seen else _run_group_norm_silu_backward
-    h = x if residual is None else total
-    dx, sums = run(grad, h, moments, groups, weight, bias, scale, shift, silu, more)
+    arguments = (grad, x if residual is None else total, moments, groups, weight, bias, scale, shift, silu, more)
+    if seen:
+        dx, sums = torch.ops.fastdiff.group_norm_silu_backward(*arguments)
+    else:
+        with backend(ctx.choice):
+            dx, sums = _run_group_norm_silu_backward(*arguments)
     gradients: dict[int, Tensor] = {0: dx, 7: dx}
     if needs[2] or needs[3]:
         each = sums if scale is None else sums * (1 + scale.to(sums.dtype)).unsqueeze(2)
