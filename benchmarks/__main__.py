@@ -24,6 +24,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     quick: Annotated[bool, typer.Option(help="tiny arrays and few rounds: whether all runs, not how fast")] = False,
     match: Annotated[str, typer.Option(help="only the cases whose name holds this")] = "",
+    slow: Annotated[bool, typer.Option(help="peers too that take minutes to build, as a compiled network does")] = True,
     seconds: Annotated[float, typer.Option(help="how long a case is timed")] = 1.0,
     sets: Annotated[int | None, typer.Option(help="input sets to rotate among; default: as the caches ask")] = None,
 ) -> int:
@@ -36,7 +37,7 @@ def bench(
     place, rows = torch.device(device), list[Row]()
     print(HEADER)
     for case in _cases(name, place, quick, match):
-        found = measure(case, place, seconds=0.0 if quick else seconds, sets=sets, quick=quick)
+        found = measure(case, place, seconds=0.0 if quick else seconds, sets=sets, slow=slow and not quick)
         print(*map(format_row, found), sep="\n", flush=True)
         rows += found
         if json is not None:

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.sh OUT: on a machine with an NVIDIA GPU, build in place without network, run the GPU-marked tests and
-# every benchmark, leave OUT/machine.txt, OUT/log.txt and OUT/NAME.json, and print a short summary last.
-# Exit status 1 if a test or a benchmark failed; the benchmarks run in either case.
+# benchmarks/gpu.sh OUT [NAME...]: on a machine with an NVIDIA GPU, build in place without network, run the GPU-marked
+# tests and the benchmarks (all, or those named), leave OUT/machine.txt, OUT/log.txt and OUT/NAME.json, and print a short
+# summary last. First nobody compiles, which takes minutes for a network; then, while time is left, the peers that do
+# are added (OUT/NAME-compiled.json). Exit status 1 if a test or a benchmark failed; the benchmarks run in either case.
 # PYTHON: the interpreter (python3). LIMIT: seconds for everything (560). FASTDIFF_COMMIT: what is measured, without git.
 set -uo pipefail
-[ $# -eq 1 ] || { echo "usage: benchmarks/gpu.sh OUT" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: benchmarks/gpu.sh OUT [NAME...]" >&2; exit 2; }
 mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
-python=${PYTHON:-python3} limit=${LIMIT:-560} failed=()
+shift
+python=${PYTHON:-python3} limit=${LIMIT:-560} failed=() names=("$@")
 log=$out/log.txt
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 : >"$log"
@@ -15,7 +17,8 @@ stage() { # NAME SECONDS COMMAND...: into the log, for so long at most, and with
   local name=$1 most=$2 left=$((limit - SECONDS))
   shift 2
   printf '\n==== %s, after %d s\n' "$name" "$SECONDS" >>"$log"
-  timeout $((left < 1 ? 1 : left < most ? left : most)) "$@" >>"$log" 2>&1 || failed+=("$name (status $?)")
+  [ "$left" -gt 5 ] || { failed+=("$name (no time left)"); return; }
+  timeout $((left < most ? left : most)) "$@" >>"$log" 2>&1 || failed+=("$name (status $?)")
 }
 
 describe() {
@@ -61,9 +64,19 @@ describe >"$out/machine.txt" 2>&1
 stage build 240 "$python" setup.py build_ext --inplace
 stage backends 60 "$python" -c 'import fastdiff; print(fastdiff.explain("cuda"))'
 mapfile -t tests < <(gpu_tests 2>>"$log")
-[ ${#tests[@]} -eq 0 ] || stage tests 200 "$python" -m pytest -m gpu -p no:cacheprovider "${tests[@]}"
-for name in $("$python" -c 'import benchmarks; print(*sorted(benchmarks.NAMES, key="sampling".__eq__))'); do  # it last
-  stage "$name" 400 "$python" -m benchmarks "$name" --device cuda --seconds 0.4 --json "$out/$name.json"
+at_once=()  # Triton compiles on the CPU: with pytest-xdist a minute and a half instead of ten
+! "$python" -c 'import xdist' 2>/dev/null || at_once=(-n 12 -p no:benchmark -k "not 31_bits")
+[ ${#tests[@]} -eq 0 ] || stage tests 200 "$python" -m pytest -m gpu -p no:cacheprovider "${at_once[@]}" "${tests[@]}"
+[ ${#at_once[@]} -eq 0 ] || stage large 60 "$python" -m pytest -m gpu -p no:cacheprovider -k 31_bits tests/test_gpu.py
+[ ${#names[@]} -gt 0 ] || {
+  stage ceilings 60 "$python" -m benchmarks.ceilings "$out/ceilings.json"
+  mapfile -t names < <("$python" -c 'import benchmarks; print(*sorted(benchmarks.NAMES, key="sampling".__eq__), sep="\n")')
+}
+for name in "${names[@]}"; do
+  stage "$name" 400 "$python" -m benchmarks "$name" --no-slow --device cuda --seconds 0.4 --json "$out/$name.json"
+done
+for name in "${names[@]}"; do
+  stage "$name compiled" 400 "$python" -m benchmarks "$name" --device cuda --seconds 0.4 --json "$out/$name-compiled.json"
 done
 
 printf '\n'

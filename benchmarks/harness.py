@@ -63,7 +63,7 @@ class Peer:
     Attributes:
         build: makes the binding; whatever it raises, or the first call does, leaves the peer out with a note.
         tolerance: of its result; None where it computes other numbers, such as noise of its own.
-        slow: takes seconds to build, left out of quick runs.
+        slow: takes seconds or minutes to build, left out of quick runs and with ``--no-slow``.
     """
 
     name: str
@@ -133,7 +133,7 @@ class WrongResult(Exception):
 
 @torch.no_grad()
 def measure(
-    case: Case, device: torch.device, *, seconds: float = 1.0, sets: int | None = None, quick: bool = False
+    case: Case, device: torch.device, *, seconds: float = 1.0, sets: int | None = None, slow: bool = True
 ) -> list[Row]:
     """The rows of a case, one for each peer that is here; one row without times if our result is wrong."""
     inputs = make_inputs(case, device, sets)
@@ -143,7 +143,7 @@ def measure(
     except WrongResult as wrong:
         note(str(wrong))
         return [_row(case, device, {}, None, wrong.error)]
-    binds = _present(case, inputs[0], want, quick)
+    binds = _present(case, inputs[0], want, slow)
     times = race({name: [bind(arrays) for arrays in inputs] for name, bind in binds.items()}, device, seconds)
     peers: list[str | None] = [name for name in binds if name not in ("ours", "floor")]
     more = {name: case.facts(name, ms) for name, ms in times.items() if name != "floor"} if case.facts else {}
@@ -214,11 +214,11 @@ def tensors(result: Any) -> list[Tensor]:
     return [] if result is None else [tensor for part in result for tensor in tensors(part)]
 
 
-def _present(case: Case, arrays: Arrays, want: Sequence[Tensor], quick: bool) -> dict[str, Bind]:
+def _present(case: Case, arrays: Arrays, want: Sequence[Tensor], slow: bool) -> dict[str, Bind]:
     """Who can be had here and, where they should, computes the same."""
     binds = {}
     for peer in case.contestants():
-        if peer.slow and quick:
+        if peer.slow and not slow:
             continue
         try:
             binds[peer.name] = build(peer, arrays, want)

@@ -22,7 +22,7 @@ from fastdiff.errors import InputError, Refused, choose
 
 BACKENDS = ("native", "triton", "reference")
 #: what auto asks first for an op on a device, where measurements say so (``python -m benchmarks groupnorm``)
-FASTER = {("group_norm_silu", "cuda"): "triton"}
+FASTER = {("group_norm_silu", "cuda"): "triton", ("group_norm_silu_backward", "cuda"): "triton"}
 STEPS = ("posterior_step", "ddim_step", "affine_step")  # one body runs them
 OPS = ("normal", "add_noise", "guide", *STEPS, "diffusion_loss", "group_norm_silu")
 DIFFERENTIABLE = "reference"  # the backend whose bodies are made of differentiable operations

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import cache
 from itertools import chain
@@ -239,9 +239,21 @@ def capture(row: Call, start: Call, device: torch.device, pool: Any) -> Call:
                 row()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            row()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                row()
+        except BaseException:
+            _end_another(device, side)
+            raise
     return graph.replay
+
+
+def _end_another(device: torch.device, side: torch.cuda.Stream) -> None:
+    """After a capture that failed: PyTorch's random numbers believe that it goes on, until another one ends."""
+    with suppress(RuntimeError):
+        number = torch.zeros((), device=device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode="thread_local"):
+            number.add_(1)
 
 
 @cache

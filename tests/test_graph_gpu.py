@@ -146,7 +146,7 @@ def test_twenty_failures_give_their_memory_back() -> None:
         del captured, _
         before = settled() if before is None else before
     assert settled() <= before + 2**21
-    captured, eager = pair(network())
+    captured, eager = pair(network())  # random numbers are as before
     assert torch.equal(captured((8, 2), y=labels(8)), eager((8, 2), y=labels(8)))  # and the next is captured
 
 
