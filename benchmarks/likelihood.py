@@ -49,7 +49,8 @@ def cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
         network = cache(partial(make_mlp, device))
         yield case(Setting(total, (n, 2), torch.float32, device), network, network, {"": network})
     for size, n in ((8, 1),) if quick else ((8, 1), (8, 8), (16, 1), (16, 8)):
-        yield images(Setting(total, (n, 3, size, size), torch.float32, device), small=True)
+        for dtype in (torch.float32,) if quick else (torch.float32, BF16):
+            yield images(Setting(total, (n, 3, size, size), dtype, device), small=True)
     if not quick:
         for n in (1, 8) if device.type == "cpu" else (1, 16):
             for dtype in (torch.float32, BF16):
@@ -59,8 +60,8 @@ def cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
 
 def images(setting: Setting, small: bool) -> Case:
     network = cache(lambda: make_network(setting.device, small).eval())
-    same = cache(lambda: fd.UNet.from_diffusers(network()).eval())
-    ours = cache(lambda: fd.UNet.from_diffusers(network()).to(setting.dtype).eval())
+    same = cache(lambda: fd.UNet.from_diffusers(network()).to(setting.device).eval())
+    ours = cache(lambda: fd.UNet.from_diffusers(network()).to(setting.device, setting.dtype).eval())
     peers: Networks = {", diffusers": network, ", our network": same}
     if setting.dtype == BF16:
         peers[", bf16 last"] = cache(lambda: make_network(setting.device, small).eval().to(BF16, memory_format=LAST))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastdiff import likelihood, ops
 from fastdiff import noise as noises
-from fastdiff import ops
 from fastdiff.errors import InputError, check, choose
+from fastdiff.likelihood import Likelihood, LogLikelihood, finite_x0, spread
 from fastdiff.ops import row as rows
 from fastdiff.ops.checks import check_clip, check_floating, check_same
 from fastdiff.ops.step import VARIANCES
@@ -22,14 +24,6 @@ LOSSES = ("simple", "vlb", "hybrid", "min_snr", "snr_sample")
 HYBRID_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021, eq. 16
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 Model = Callable[..., Any]
-
-
-class Likelihood(NamedTuple):
-    """The variational bound in bits per dimension: ``total = prior + terms.sum(1)``."""
-
-    total: Tensor  #: [N]
-    prior: Tensor  #: [N], KL of q(x_T | x0) from the standard normal
-    terms: Tensor  #: [N, T]; terms[:, 0] is the decoder, terms[:, t] the KL of step t
 
 
 @dataclass(frozen=True)
@@ -71,9 +65,9 @@ class Diffusion:
         check_floating("x0", x0)
         check_same("x_t", x_t, x0)
         a, b, variance = rows.posterior(*self._steps(t, x0))
-        log_variance = self._log_variances(t, x0)[0]
-        mean = _spread(a, x0) * x_t + _spread(b, x0) * x0
-        return mean, _spread(variance, x0), _spread(log_variance, x0)
+        log_variance = self._table[t.cpu(), likelihood.LETTERS.index("lo")]
+        mean = spread(a, x0) * x_t + spread(b, x0) * x0
+        return mean, spread(variance, x0), spread(log_variance, x0)
 
     def convert(self, value: Tensor, x_t: Tensor, t: Tensor, to: str, *, source: str | None = None) -> Tensor:
         """Turn a prediction of type ``source`` (default: this diffusion's) into type ``to``.
@@ -85,10 +79,10 @@ class Diffusion:
         check_same("x_t", x_t, value)
         choose("prediction", to, rows.PREDICTIONS)
         alpha, sigma = self._levels(t, value)
-        p, q = (_spread(c, value) for c in _finite_x0(source or self.prediction, alpha, sigma))
-        f, g = (_spread(c, value) for c in rows.target(to, alpha, sigma))
+        p, q = (spread(c, value) for c in finite_x0(source or self.prediction, alpha, sigma))
+        f, g = (spread(c, value) for c in rows.target(to, alpha, sigma))
         x0 = p * x_t + q * value
-        return f * x0 + g * ((x_t - _spread(alpha, value) * x0) / _spread(sigma, value))
+        return f * x0 + g * ((x_t - spread(alpha, value) * x0) / spread(sigma, value))
 
     def predict_x0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The estimate of x0 that a network output stands for."""
@@ -99,13 +93,13 @@ class Diffusion:
         check_floating("x0", x0)
         check_same("noise", noise, x0)
         f, g = rows.target(self.prediction, *self._levels(t, x0))
-        return _spread(f, x0) * x0 + _spread(g, x0) * noise
+        return spread(f, x0) * x0 + spread(g, x0) * noise
 
     def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is given: ``c_in x_t`` and the time it understands, ``[N]``."""
         self._check_t(t, x_t)
         times = self.schedule.c_noise[t.cpu()].to(x_t.device)
-        return _spread(self.schedule.c_in[t.cpu()], x_t) * x_t, times.to(
+        return spread(self.schedule.c_in[t.cpu()], x_t) * x_t, times.to(
             x_t.dtype
         ) if times.is_floating_point() else times
 
@@ -153,7 +147,7 @@ class Diffusion:
             t = self.draw_timesteps(len(x0), seed=seed, step=step, sample=sample)
         alpha, sigma = self._levels(t, x0)
         if kind in ("vlb", "hybrid"):
-            _check_decoder(decoder, x0[t.to(x0.device) == 0])
+            likelihood.check_decoder(decoder, x0[t.to(x0.device) == 0])
         x_t = ops.add_noise(x0, alpha, sigma, seed=seed, step=step, sample=sample)
         out = self._evaluate(model, x_t, t, cond)
         if kind == "vlb":
@@ -175,11 +169,8 @@ class Diffusion:
 
     def _bound(self, t: Tensor, x0: Tensor, scale: float) -> Tensor:
         """What the hybrid objective needs of each timestep: the bound in bits, ``scale`` times, nothing at t = 0."""
-        alpha, sigma = self._levels(t, x0)
-        p, q = _finite_x0(self.prediction, alpha, sigma)
-        b = rows.posterior(*self._steps(t, x0))[1]
-        weight = (t != 0).to(x0.device, torch.float64) * (scale / math.log(2))
-        return torch.stack((alpha, sigma, p, q, b, *self._log_variances(t, x0), weight), 1)
+        weight = (t.cpu() != 0).double() * (scale / math.log(2))
+        return torch.cat((likelihood.letters_at(self._table, t), weight[:, None]), 1).to(x0.device)
 
     def draw_timesteps(
         self, count: int, *, seed: int, step: int, sample: Sequence[int] | Tensor | None = None
@@ -196,7 +187,7 @@ class Diffusion:
         snr = (alpha / sigma) ** 2
         if kind == "min_snr" and self.prediction == "epsilon":
             return (MIN_SNR_GAMMA / snr).clamp(max=1)  # min(SNR, gamma) / SNR, with its limit 1 at SNR = 0
-        _, q = _finite_x0(self.prediction, alpha, sigma)
+        _, q = finite_x0(self.prediction, alpha, sigma)
         if kind == "min_snr":
             return snr.clamp(max=MIN_SNR_GAMMA) * q**2
         previous = self.schedule.snr[(t.cpu() - 1).clamp(min=0)]
@@ -214,73 +205,116 @@ class Diffusion:
         clip: float | None = None,
         seed: noises.Seed = 0,
         sample: Sequence[int] | Tensor | None = None,
-        batch: int = 256,
+        batch: int | None = None,
         **cond: Any,
     ) -> Likelihood:
         """The variational bound on -log2 p(x0) per dimension, every term of it (Ho et al. 2020, eq. 5).
 
         Args:
+            model: as of :class:`fastdiff.Sampler`; a network that has a form for inference is used in that.
             decoder: of t = 0. ``discrete``: x0 is 8-bit images scaled to [-1, 1], the Gaussian is integrated over
                 each of the 256 bins (eq. 13); ``gaussian``: its density, for continuous data.
             clip: bound of the estimate of x0, None for no bound.
             seed, sample: address of the noise; timestep t of sample k sees noise (seed, k, t).
-            batch: how many (sample, timestep) pairs go through the network at once.
+            batch: how many (sample, timestep) pairs go through the network at once; default, as many as hold a
+                quarter of a million numbers (85 images of 3x32x32), at most 4096.
             cond: tensors with one row per sample, or anything else passed on as it is.
 
         Returns:
-            total ``[N]``, prior ``[N]``, terms ``[N, T]``; one noise draw per term.
+            total ``[N]``, prior ``[N]``, terms ``[N, T]``; one noise draw per term. ``curve`` ``[T]`` is the mean of
+            the terms.
         """
         check_floating("x0", x0)
         check(bool(torch.isfinite(x0).all()), "x0 holds NaN or infinite values")
-        _check_decoder(decoder, x0)
+        likelihood.check_decoder(decoder, x0)
         check_clip(clip)
-        check(batch >= 1, f"batch must be at least 1, got {batch}")
-        n, total = len(x0), len(self.schedule)
-        seeds, ids = noises.sample_ids(n, seed, sample)
-        terms = torch.empty(n * total, dtype=torch.float64)
-        for pairs in torch.arange(n * total).split(batch):
-            who, t = pairs // total, pairs % total
-            here = who.to(x0.device)
-            data, some = x0[here], {k: v[here] if _per_sample(v, n) else v for k, v in cond.items()}
-            stream = noises.Stream.LIKELIHOOD
-            noise = noises.normal(
-                data.shape, seed=seeds[who], step=t, sample=ids[who], stream=stream, device=x0.device, dtype=x0.dtype
-            )
-            x_t = self.add_noise(data, noise, t)
-            out = self._evaluate(model, x_t, t, some)
-            terms[pairs] = self._vlb_terms(out, data, x_t, t, decoder, clip).double().cpu()
-        terms = terms.reshape(n, total).to(x0.device)
-        prior = self._prior_bits(x0).double()
-        return Likelihood(prior + terms.sum(1), prior, terms)
+        table = likelihood.letters_at(self._table, torch.arange(len(self.schedule)))
+        how: dict[str, Any] = {"decoder": decoder, "clip": clip, "seed": seed, "sample": sample, "batch": batch}
+        return likelihood.variational_bound(self._inference(model), x0, self.schedule, table, cond=cond, **how)
 
-    def _prior_bits(self, x0: Tensor) -> Tensor:
-        """KL of q(x_T | x0) from what sampling starts with, mean bits per dimension ``[N]``."""
-        alpha, sigma = self.schedule.alpha[-1], self.schedule.sigma[-1]
-        std = torch.ones_like(sigma) if self.schedule.variance_preserving else sigma
-        return _bits(
-            _gaussian_kl(alpha.to(x0) * x0, 2 * sigma.log().to(x0), torch.zeros_like(x0), 2 * std.log().to(x0))
-        )
+    def log_likelihood(
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        steps: int = 256,
+        solver: str = "heun",
+        divergence: str = "hutchinson",
+        probes: int = 1,
+        noise: str = "rademacher",
+        dequantize: bool = False,
+        seed: noises.Seed = 0,
+        sample: Sequence[int] | Tensor | None = None,
+        batch: int | None = None,
+        **cond: Any,
+    ) -> LogLikelihood:
+        """The likelihood of x0 by the change of variables along the probability-flow ODE (Song et al. 2021, eq. 39).
 
-    def _vlb_terms(
-        self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, decoder: str, clip: float | None = None
-    ) -> Tensor:
+        What has this density is a sample with the little noise of timestep 0, x0 + (sigma / alpha) noise: where data
+        are finer than that, let the schedule begin with less. The network is asked two or four times a step, between
+        the timesteps too, and its derivative by x each time: it has to have one.
+
+        Args:
+            model: as of :class:`fastdiff.Sampler`.
+            x0: ``[N, C, ...]``.
+            steps: of the solver, from timestep 0 to the last (of a discrete schedule with zero terminal SNR, the last
+                but one); graded towards the data.
+            solver: ``heun``, of second order, or ``rk4``, of fourth order with twice the questions a step.
+            divergence: ``exact``: as many derivatives as dimensions; ``hutchinson``: an unbiased estimate by ``probes``
+                of them (FFJORD, Grathwohl et al. 2019), drawn anew each time.
+            noise: the probes', ``rademacher`` (signs, of less variance) or ``gaussian``.
+            dequantize: x0 is 8-bit images scaled to [-1, 1]. Uniform noise fills their bins of width 2/255, and the
+                density becomes a bound of the bytes' probability (Theis et al. 2016, section 3.1): log2(127.5) = 6.99
+                bits per dimension more, to be compared with the discrete :meth:`bits_per_dim`. (Song et al. have bins
+                of 1/128 and 7 bits.)
+            seed, sample: address of probes and uniform noise.
+            batch: how many samples go through the network at once; default as of :meth:`bits_per_dim`.
+            cond: tensors with one row per sample, or anything else passed on as it is.
+
+        Returns:
+            total ``[N]`` and its part prior ``[N]``, bits per dimension; nats ``[N]``, ln p(x0), float64.
+        """
+        check_floating("x0", x0)
+        check(bool(torch.isfinite(x0).all()), "x0 holds NaN or infinite values")
+        choose("solver", solver, likelihood.SOLVERS)
+        choose("divergence", divergence, likelihood.DIVERGENCES)
+        choose("noise", noise, likelihood.NOISES)
+        for name, value in (("steps", steps), ("probes", probes)):
+            check(isinstance(value, int) and value >= 1, f"{name} must be a whole number of at least 1, got {value!r}")
+        check(not dequantize or not (x0.abs() > 1).any(), "dequantize needs x0 in [-1, 1]")
+        flow = likelihood.ProbabilityFlow.of(self.schedule, self.prediction, steps, solver)
+        how: dict[str, Any] = {"divergence": divergence, "probes": probes, "noise": noise, "dequantize": dequantize}
+        where: dict[str, Any] = {"seed": seed, "sample": sample, "batch": batch, "cond": cond}
+        return likelihood.log_likelihood(self._inference(model), x0, flow, solver=solver, **how, **where)
+
+    def _inference(self, model: Model) -> likelihood.Network:
+        """The model in its form for inference; it gets its input in its own precision, times in at least 32 bits."""
+        check(callable(model), f"model must be callable, got {type(model).__name__}")
+        prepared = getattr(type(model), "prepared", None)  # of the model itself, not of what a wrapper passes on
+        network = prepared(model) if prepared else model
+        parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+        own = parameter.dtype if parameter is not None and parameter.is_floating_point() else None
+
+        def ask(x_in: Tensor, times: Tensor, cond: dict[str, Any]) -> Tensor:
+            x_in = x_in.to(own or x_in.dtype)
+            if times.is_floating_point():
+                times = times.to(torch.promote_types(x_in.dtype, torch.float32))
+            out = network_output(network(x_in, times, **cond))
+            self.check_output(out, x_in)
+            return out
+
+        return ask
+
+    def _vlb_terms(self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, decoder: str) -> Tensor:
         """The term of the bound at each sample's t, bits per dimension ``[N]``."""
-        prediction, f = self._split(out, x0.shape[1])
-        wide = torch.promote_types(x0.dtype, torch.float32)
-        x0, x_t = x0.to(wide), x_t.to(wide)
-        estimate = self.predict_x0(prediction.to(wide), x_t, t)
-        if clip is not None:
-            estimate = estimate.clamp(-clip, clip)
-        a, b, _ = (_spread(c, x0) for c in rows.posterior(*self._steps(t, x0)))
-        small, large = (_spread(v, x0) for v in self._log_variances(t, x0))
-        fixed = small if self.variance == "fixed_small" else large
-        log_variance = fixed if f is None else (f.to(wide) * large + (1 - f.to(wide)) * small)
-        mean, true_mean = a * x_t + b * estimate, a * x_t + b * x0
-        kl = _gaussian_kl(true_mean, small, mean, log_variance)
-        nll = _discrete_nll(x0, mean, log_variance) if decoder == "discrete" else _gaussian_nll(x0, mean, log_variance)
-        return _bits(torch.where(_spread(t.to(x0.device) == 0, x0), nll, kl))
+        letters, first = (v.to(x0.device) for v in (likelihood.letters_at(self._table, t), t == 0))
+        return likelihood.bound_terms(out, x0, x_t, letters, first, decoder)
 
     # ---- tables -----------------------------------------------------------------------------
+
+    @cached_property
+    def _table(self) -> Tensor:
+        return likelihood.bound_table(self.schedule, self.prediction, self.variance)
 
     def _levels(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha, sigma at t, float64 on x's device."""
@@ -295,20 +329,6 @@ class Diffusion:
         alpha_next, sigma_next = self._levels(before, x)
         clean = t.to(x.device) == 0
         return alpha, sigma, torch.where(clean, 1.0, alpha_next), torch.where(clean, 0.0, sigma_next)
-
-    def _log_variances(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log of the posterior variance and of beta, ``[N]``; the former at t = 0 is that of t = 1.
-
-        beta at t = 0 is its own, or the posterior variance of t = 1 for ``fixed_large``, whose decoder would
-        be too wide otherwise (Ho et al. 2020, section 3.2).
-        """
-        last = min(1, len(self.schedule) - 1)
-        steps = self._steps(t.clamp(min=last), x)
-        small, large = rows.posterior(*steps)[2], rows.forward_variance(*self._steps(t, x))
-        small = torch.where(small > 0, small, large)
-        if self.variance == "fixed_large":
-            large = torch.where(t.to(x.device) == 0, small, large)
-        return small.log(), large.log()
 
     def _check_t(self, t: Tensor, x: Tensor) -> None:
         if not isinstance(t, Tensor):
@@ -328,13 +348,6 @@ class Diffusion:
         self.check_output(out, x_t)
         return out
 
-    def _split(self, out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """The prediction, and f in [0, 1] of the learned variance where there is one."""
-        if self.variance != "learned_range":
-            return out, None
-        wide = torch.promote_types(out.dtype, torch.float32)
-        return out[:, :channels], (1 + out[:, channels:].to(wide)) / 2
-
 
 def network_output(result: Any) -> Tensor:
     """The tensor a model returned, or that of an object with ``.sample``."""
@@ -344,54 +357,3 @@ def network_output(result: Any) -> Tensor:
     if isinstance(sample, Tensor):
         return sample
     raise InputError(f"the model must return a tensor or an object with .sample, got {type(result).__name__}")
-
-
-def _check_decoder(decoder: str, x0: Tensor) -> None:
-    choose("decoder", decoder, ("discrete", "gaussian"))
-    check(decoder == "gaussian" or not (x0.abs() > 1).any(), "the discrete decoder needs x0 in [-1, 1]")
-
-
-def _finite_x0(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    p, q = rows.to_x0(prediction, alpha, sigma)
-    singular = not bool(torch.isfinite(p).all() and torch.isfinite(q).all())
-    check(not singular, "an epsilon prediction says nothing about x0 at zero terminal SNR: use v_prediction or sample")
-    return p, q
-
-
-def _spread(value: Tensor, x: Tensor) -> Tensor:
-    """``[N]`` as ``[N, 1, ...]`` in x's dtype (bool stays bool)."""
-    value = value.reshape(-1, *(1,) * (x.ndim - 1)).to(x.device)
-    return value if value.dtype == torch.bool else value.to(dtype=x.dtype)
-
-
-def _per_sample(value: Any, n: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
-
-
-def _bits(nats: Tensor) -> Tensor:
-    return nats.flatten(1).mean(1) / math.log(2)
-
-
-def _gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N1 || N2) per element, nats."""
-    difference = log_variance1 - log_variance2
-    kl: Tensor = (difference.expm1() - difference + (mean1 - mean2).square() * (-log_variance2).exp()) / 2
-    return kl
-
-
-def _gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    nll: Tensor = (math.log(2 * math.pi) + log_variance + (x - mean).square() * (-log_variance).exp()) / 2
-    return nll
-
-
-def _discrete_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """-log of the Gaussian's mass on x's bin of width 2/255, the outer bins open (Ho et al. 2020, eq. 13), nats."""
-    upper, lower = ((x - mean + side / 255) * (-log_variance / 2).exp() for side in (1, -1))
-    upper, lower = torch.where(x > 0.999, torch.inf, upper), torch.where(x < -0.999, -torch.inf, lower)
-    # On the right flank both cumulative values round to 1: take the mirrored interval there.
-    mirrored = lower + upper > 0
-    upper, lower = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
-    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    share_below = (log_lower - log_upper).clamp(max=-1e-7).exp()
-    nll: Tensor = -log_upper - torch.log1p(-share_below)
-    return nll
