@@ -19,7 +19,9 @@ from fastdiff.cli.options import (
     choose_device,
     with_fields,
 )
+from fastdiff.errors import check
 from fastdiff.training.data import load
+from fastdiff.training.presets import model_config
 from fastdiff.training.trainer import TrainConfig, Trainer
 
 
@@ -29,15 +31,23 @@ def train(
     data: DataName = "digits",
     image_size: ImageSize = None,
     out: OutDir = None,
+    classifier: Annotated[
+        bool, typer.Option("--classifier", help="train what reads noised images, to guide sampling and for metrics")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
     device: DeviceName = "auto",
     backend: BackendName = "auto",
 ) -> None:
-    """Train a model into a run directory, by default runs/DATA."""
-    run = out or Path("runs") / data.replace(":", "-").replace("/", "-")
+    """Train a model into a run directory, by default runs/DATA, or runs/DATA-classifier."""
+    if classifier:
+        given.setdefault("model", "classifier")
+    run = out or Path("runs") / (data.replace(":", "-").replace("/", "-") + ("-classifier" if classifier else ""))
     place = choose_device(device)
     with ops.backend(backend):
         samples = load(data, image_size=image_size)
+        if classifier:
+            kind = model_config(given["model"], samples).get("type")
+            check(kind == "classifier", f"--classifier trains no {kind}: leave out --model {given['model']}")
         trainer = Trainer(TrainConfig.by_model(samples, **given), samples, run, device=place, resume=resume)
         began = time.perf_counter()
         trainer.train()

@@ -32,6 +32,8 @@ ARCHIVES: dict[str, tuple[str, str, tuple[str, ...], dict[str, str]]] = {
     "emnist": ("EMNIST", "EMNIST/raw", _EMNIST, {"split": "letters"}),
     "cifar10": ("CIFAR10", "cifar-10-batches-py", _CIFAR, {}),
 }
+#: the data sets with labels, for messages
+LABELLED = f"digits, {', '.join(ARCHIVES)} and folder:PATH with a sub-folder for each class"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,15 +79,15 @@ class Description:
 
     def scale(self, raw: Tensor) -> Tensor:
         """float32 on the network's scale, images in [-1, 1], of samples ``[N, *shape]`` in data units."""
-        return (raw.float() - self._per_channel(self.mean)) / self._per_channel(self.std)
+        return (raw.float() - self._per_channel(self.mean, raw)) / self._per_channel(self.std, raw)
 
     def to_raw(self, x: Tensor) -> Tensor:
         """Data units of ``x`` ``[N, *shape]``: float32 for points, uint8 (nearest, clamped to 0 ... 255) for images."""
-        raw = x.float() * self._per_channel(self.std).to(x.device) + self._per_channel(self.mean).to(x.device)
+        raw = x.float() * self._per_channel(self.std, x) + self._per_channel(self.mean, x)
         return raw if self.is_points else raw.round().clamp(0, 255).to(torch.uint8)
 
-    def _per_channel(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32).view(-1, *[1] * (len(self.shape) - 1))
+    def _per_channel(self, values: Sequence[float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, *[1] * (len(self.shape) - 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,11 @@ from torch import nn
 
 from fastdiff import _io
 from fastdiff.errors import InputError, check, choose
-from fastdiff.models import MLP, UNet
-from fastdiff.training.data import Description
+from fastdiff.models import MLP, Classifier, UNet
+from fastdiff.training.data import LABELLED, Description
 
-TYPES: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
-PRESETS = ("auto", "mlp", "unet-small", "unet", "adm")
+TYPES: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP, "classifier": Classifier}
+PRESETS = ("auto", "mlp", "unet-small", "unet", "adm", "classifier")
 #: training settings that suit a model, where they differ from TrainConfig's defaults; those of the papers for the large
 RECIPES: dict[str, dict[str, Any]] = {
     "mlp": {"train_steps": 2500, "batch": 512, "learning_rate": 4e-3},
@@ -34,31 +34,46 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema_decay": 0.9999,
         "save_every": 10_000,
     },
+    "classifier": {"train_steps": 400},
 }
 
 
 def model_config(name: str, data: Description, *, learned_variance: bool = False) -> dict[str, Any]:
-    """The configuration of a model for ``data``: ``{"type": "unet" | "mlp", ...constructor arguments}``.
+    """The configuration of a model for ``data``: ``{"type": one of TYPES, ...constructor arguments}``.
 
     Args:
         name: ``mlp`` for points; for images ``unet-small`` (about a million parameters, trains on a CPU), ``unet``
             (Ho et al. 2020, 35.7 million on CIFAR-10), ``adm`` (Dhariwal & Nichol 2021: AdaGN, residual
-            up- and downsampling, more attention); ``auto`` is ``mlp`` or ``unet-small``; or the path of a JSON file
-            with a whole configuration.
+            up- and downsampling, more attention); ``auto`` is ``mlp`` or ``unet-small``; ``classifier``, the way down
+            of ``unet-small``, for images with labels; or the path of a JSON file with a whole configuration.
 
     Raises:
         InputError: an unknown name, a file that is not such a configuration, a model that does not fit the data.
     """
     if name.endswith(".json"):
-        return _io.read_json(Path(name))
+        config = _io.read_json(Path(name))
+        if config.get("type") == "classifier":
+            _check_classes(data, config.get("num_classes"))
+        return config
     name = preset(name, data)
+    if name == "classifier":
+        _check_classes(data, len(data.classes))
     fits = (name == "mlp") == data.is_points
     check(fits, f"model {name} does not fit {data.name}, whose samples are {list(data.shape)}")
-    common = {"num_classes": len(data.classes) or None, "learned_variance": learned_variance}
+    classes = {"num_classes": len(data.classes) or None}
     if name == "mlp":
-        return {"type": "mlp", "dim": data.shape[0], **common}
+        return {"type": "mlp", "dim": data.shape[0], **classes, "learned_variance": learned_variance}
     channels, size = data.shape[:2]
-    return {"type": "unet", "image_size": size, "in_channels": channels, **common, **_unet(name, size)}
+    images = {"image_size": size, "in_channels": channels, **classes}
+    if name == "classifier":
+        return {"type": "classifier", **images, **_unet("unet-small", size), "num_head_channels": 32}
+    return {"type": "unet", **images, "learned_variance": learned_variance, **_unet(name, size)}
+
+
+def _check_classes(data: Description, classes: Any) -> None:
+    check(data.classes, f"data set {data.name} has no labels, which a classifier needs: {LABELLED} have")
+    count = len(data.classes)
+    check(classes == count, f"the classifier's num_classes={classes!r} must be {count}, the classes of {data.name}")
 
 
 def preset(name: str, data: Description) -> str:

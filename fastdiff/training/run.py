@@ -1,18 +1,20 @@
-"""A trained run, ready to sample from."""
+"""A trained run, ready to sample from, or to read images with."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdiff import _io
 from fastdiff.diffusion import Diffusion
-from fastdiff.errors import InputError
-from fastdiff.models import UNet
+from fastdiff.errors import InputError, check
+from fastdiff.metrics.features import Features, check_images
+from fastdiff.models import Classifier, UNet
 from fastdiff.schedule import Schedule
 from fastdiff.training import checkpoint
 from fastdiff.training.data import GREY, Description
@@ -36,13 +38,63 @@ class Run:
     step: int
 
 
+@dataclass(frozen=True)
+class ClassifierRun(Run):
+    """The run of a classifier, whose ``model`` can guide samplers, and which is itself an extractor for metrics.
+
+    Called with uint8 images ``[N, *data.shape]`` it gives their :class:`~fastdiff.metrics.features.Features` at t = 0:
+    ``pool`` ``[N, D]`` and ``logits`` ``[N, classes]``, float32, on the model's device.
+
+    Attributes:
+        settings: what its features depend on; ``weights`` is the SHA-256 of the weights' file.
+
+    Raises:
+        InputError: images of another dtype, size or number of channels.
+    """
+
+    model: Classifier
+    settings: dict[str, str]
+
+    def __call__(self, images: Tensor) -> Features:
+        check_images(images)
+        shape, need = list(self.data.shape), f"this classifier of {self.data.name} reads images"
+        check(list(images.shape[1:]) == shape, f"{need} [N, {', '.join(map(str, shape))}], got {list(images.shape)}")
+        x = self.data.scale(images.to(next(self.model.parameters()).device))
+        with torch.no_grad():
+            t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            pool, logits = self.model.read(*self.diffusion.model_input(x, t))
+        return Features(pool, None, logits)
+
+
 def load_run(path: Path | str, *, device: torch.device | str = "cpu") -> Run:
     """Load the newest whole checkpoint of a run directory, or the checkpoint at ``path``.
 
     Raises:
-        InputError: nothing there, damaged, from a newer version, or a configuration that does not build.
+        InputError: nothing there, damaged, from a newer version, a configuration that does not build, a classifier.
+    """
+    run = _load(checkpoint.load(path), device)
+    check(not isinstance(run.model, Classifier), f"{path} holds a classifier: give the run of a diffusion model")
+    return run
+
+
+def load_classifier(path: Path | str, *, device: torch.device | str = "cpu") -> ClassifierRun:
+    """Load a run of ``fastdiff train --classifier``, as :func:`load_run` does.
+
+    Raises:
+        InputError: as :func:`load_run`; a run that is not of a classifier.
     """
     saved = checkpoint.load(path)
+    run = _load(saved, device)
+    fits = isinstance(run.model, Classifier)
+    check(fits, f"{path} holds no classifier but a {type(run.model).__name__}: fastdiff train --classifier makes one")
+    assert isinstance(run.model, Classifier)
+    weights = hashlib.sha256(saved.files["ema.safetensors"]).hexdigest()
+    model = run.model.requires_grad_(False).prepared()
+    settings = {"features": "classifier", "weights": weights, "resize": "none"}
+    return ClassifierRun(model, run.diffusion, run.data, run.config, run.step, settings)
+
+
+def _load(saved: checkpoint.Checkpoint, device: torch.device | str) -> Run:
     config = saved.json("config")
     try:
         process = config["diffusion"]

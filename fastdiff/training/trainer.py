@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from fastdiff import _io, noise
 from fastdiff._progress import progress
 from fastdiff.diffusion import LOSSES, Diffusion
 from fastdiff.errors import InputError, check, choose
+from fastdiff.models import Classifier
 from fastdiff.ops.row import PREDICTIONS
 from fastdiff.ops.step import VARIANCES
 from fastdiff.schedule import SCHEDULES, Schedule
-from fastdiff.training import checkpoint
+from fastdiff.training import checkpoint, classification
 from fastdiff.training.data import Data, Description
 from fastdiff.training.ema import EMA
 from fastdiff.training.presets import PRESETS, RECIPES, build_model, model_config, preset
@@ -27,6 +28,8 @@ from fastdiff.training.presets import PRESETS, RECIPES, build_model, model_confi
 FLUSH_EVERY = 100
 PRECISIONS = ("fp32", "bf16")
 DECAYS = ("constant", "cosine")
+#: settings that a classifier has no use for
+OF_DENOISERS = ("prediction", "variance", "loss", "label_dropout")
 TRAINED_SCHEDULES = tuple(name for name in SCHEDULES if name != "from_betas")
 
 
@@ -131,6 +134,8 @@ class Trainer:
             },
             "training": asdict(config),
         }
+        if self.description["model"].get("type") == "classifier":
+            _check_classifier(config)
         with torch.random.fork_rng([]):
             torch.manual_seed(config.seed)
             self.model = build_model(self.description["model"]).to(self.device)
@@ -140,7 +145,7 @@ class Trainer:
         )
         self.step = 0
         self._order = _Order(len(data), config.seed)
-        self._losses: list[Tensor] = []
+        self._log: list[dict[str, Tensor]] = []
         if resume:
             self._resume()
         else:
@@ -161,38 +166,29 @@ class Trainer:
         self.model.train()
         steps = range(self.step, self.config.train_steps)
         for step in progress(steps, self.config.train_steps, "training", start=self.step):
-            self._losses.append(self.train_step(step))
+            self._log.append(self.train_step(step))
             self.step = step + 1
             due = self.step % self.config.save_every == 0 or self.step == self.config.train_steps
-            if due or len(self._losses) == FLUSH_EVERY:
-                self._flush_losses()
+            if due or len(self._log) == FLUSH_EVERY:
+                self._flush_log()
             if due:
                 self.save()
 
-    def train_step(self, step: int) -> Tensor:
-        """One optimiser step; returns the loss, a scalar on the device."""
+    def train_step(self, step: int) -> dict[str, Tensor]:
+        """One optimiser step; returns what is logged of it, the ``loss`` first, scalars on the device."""
         config = self.config
         x, y = self.data.batch(self._order.batch(step, config.batch))
-        cond: dict[str, Any] = self._drop_labels(self._condition(y), step)
-        decoder = "gaussian" if self.data.is_points else "discrete"
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(_torch_seed(config.seed, step, noise.Stream.NETWORK))
-            loss = self.diffusion.loss(
-                *(self._network, x.to(self.device)),
-                kind=config.loss,
-                decoder=decoder,
-                seed=config.seed,
-                step=step,
-                **cond,
-            )
+            values = self._objective(x.to(self.device), y, step)
         self.optimizer.zero_grad()
-        loss.backward()
+        values["loss"].backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         self.optimizer.step()
         self.ema.update(self.model, step)
-        return loss.detach()
+        return {name: value.detach() for name, value in values.items()}
 
     def losses(self) -> list[float]:
         """The loss of every step so far that is on disk."""
@@ -210,7 +206,20 @@ class Trainer:
         """Evaluate the loss of one sample, so that a model that does not fit ends before anything is written."""
         x, y = self.data.batch(torch.zeros(1, dtype=torch.int64))
         self.model.eval()
-        self.diffusion.loss(self._network, x.to(self.device), torch.zeros(1, dtype=torch.int64), **self._condition(y))
+        self._objective(x.to(self.device), y, 0)
+
+    def _objective(self, x: Tensor, y: Tensor | None, step: int) -> dict[str, Tensor]:
+        """The loss of a batch, and what else is logged of it."""
+        seed = self.config.seed
+        if isinstance(self.model, Classifier):
+            assert y is not None  # the model's configuration was checked
+            y = y.to(self.device)
+            return classification.cross_entropy(self._network, self.diffusion, x, y, seed=seed, step=step)
+        decoder = "gaussian" if self.data.is_points else "discrete"
+        cond: dict[str, Any] = self._drop_labels(self._condition(y), step)
+        kind = self.config.loss
+        loss = self.diffusion.loss(self._network, x, kind=kind, decoder=decoder, seed=seed, step=step, **cond)
+        return {"loss": loss}
 
     def _condition(self, y: Tensor | None) -> dict[str, Any]:
         """What the model is given beside x and t: labels, if there are any and it takes them."""
@@ -230,16 +239,19 @@ class Trainer:
         null = self.model.null_condition(cond)  # type: ignore[operator]
         return {name: torch.where(dropped, null[name], value) for name, value in cond.items()}
 
-    def _flush_losses(self) -> None:
-        first = self.step - len(self._losses)
-        rows = [{"step": first + i, "loss": float(loss)} for i, loss in enumerate(self._losses)]
+    def _flush_log(self) -> None:
+        first = self.step - len(self._log)
+        rows = [
+            {"step": first + i, **{name: float(value) for name, value in values.items()}}
+            for i, values in enumerate(self._log)
+        ]
         for row in rows:
             if not math.isfinite(row["loss"]):
                 kept = checkpoint.steps(self.run)
                 last = f"the last checkpoint is {kept[0]}" if kept else "no checkpoint was written"
                 raise InputError(f"the loss is {row['loss']} at training step {row['step']}: training stopped, {last}")
         _io.append(self.run / "log.jsonl", _log_lines(rows))
-        self._losses.clear()
+        self._log.clear()
 
     def _resume(self) -> None:
         saved = checkpoint.load(self.run)
@@ -267,6 +279,12 @@ def load_weights(model: nn.Module, saved: checkpoint.Checkpoint, name: str) -> N
         model.load_state_dict(saved.tensors(name))
     except RuntimeError as error:
         raise InputError(f"checkpoint {saved.path}: {' '.join(str(error).split())}") from None
+
+
+def _check_classifier(config: TrainConfig) -> None:
+    defaults = {field.name: field.default for field in fields(config)}
+    given = [name for name in OF_DENOISERS if getattr(config, name) != defaults[name]]
+    check(not given, f"{', '.join(given)}: settings of diffusion models, to be left out for a classifier")
 
 
 def _torch_seed(seed: int, step: int, stream: noise.Stream) -> int:
