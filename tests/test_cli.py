@@ -37,6 +37,13 @@ def roll(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "classifier"
+    assert train(out, "--classifier", "--data", "digits") == 0
+    return out
+
+
 def picture(path):
     """Mode, size and number of frames of an image file."""
     with Image.open(path) as image:
@@ -106,6 +113,46 @@ def test_train_resumes(tmp_path):
     assert run("train", "--out", cut, *common, "--train-steps", 4, "--resume") == 0
     a, b = checkpoint.load(straight), checkpoint.load(cut)
     assert all(a.files[name] == b.files[name] for name in a.files if name != "config.json")
+
+
+def test_train_a_classifier(classifier, tmp_path, monkeypatch):
+    config = json.loads((classifier / "config.json").read_text())
+    assert config["model"]["type"] == "classifier"
+    assert config["model"]["num_classes"] == 10
+    rows = [json.loads(line) for line in (classifier / "log.jsonl").read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"step", "loss", "accuracy"}] * 2
+    assert picture(classifier / "loss.png")[1][0] > 100
+    monkeypatch.chdir(tmp_path)
+    options = ("--batch", 4, "--schedule", "linear", "--seed", 3, "--decay", "constant")
+    assert run("train", "--classifier", "--train-steps", 1, *options) == 0
+    assert run("train", "--classifier", "--train-steps", 2, *options, "--resume") == 0
+    assert [path.name for path in tmp_path.glob("runs/*")] == ["digits-classifier"]
+    assert checkpoint.load(tmp_path / "runs" / "digits-classifier").step == 2
+
+
+def test_sample_guided_by_a_classifier(digits, classifier, tmp_path):
+    common = ("sample", "--count", 5, "--steps", 3, "--labels", "3,5")
+    drawn = {}
+    for scale in (None, 0, 50):
+        options = () if scale is None else ("--classifier", classifier, "--classifier-scale", scale)
+        assert run(*common, "--checkpoint", digits, "--out", tmp_path / str(scale), *options) == 0
+        drawn[scale] = arrays(tmp_path / str(scale))
+    assert drawn[50]["arr_1"].tolist() == [3, 5, 3, 5, 3]
+    assert np.array_equal(drawn[0]["arr_0"], drawn[None]["arr_0"])  # the model alone
+    assert not np.array_equal(drawn[50]["arr_0"], drawn[None]["arr_0"])
+    settings = json.loads((tmp_path / "50" / "samples.json").read_text())["settings"]
+    assert (settings["classifier"], settings["classifier_scale"]) == (str(classifier), 50)
+
+
+def test_a_classifier_gives_an_unconditional_model_its_classes(digits, classifier, tmp_path):
+    network = {**json.loads((digits / "config.json").read_text())["model"], "num_classes": None}
+    (tmp_path / "model.json").write_text(json.dumps(network))
+    assert train(tmp_path / "run", "--model", tmp_path / "model.json") == 0
+    common = ("sample", "--checkpoint", tmp_path / "run", "--count", 3, "--steps", 2)
+    assert run(*common) == 0
+    assert list(arrays(tmp_path / "run" / "samples")) == ["arr_0"]
+    assert run(*common, "--classifier", classifier, "--out", tmp_path / "guided", "--labels", 7) == 0
+    assert arrays(tmp_path / "guided")["arr_1"].tolist() == [7, 7, 7]
 
 
 def test_demo_leaves_everything_it_promises(tmp_path, monkeypatch):
@@ -239,6 +286,43 @@ def test_bad_sampling_ends_in_one_line(case, digits, tmp_path, capsys):
     assert run("sample", "--checkpoint", digits, "--count", 3, "--steps", 2, "--out", out, option, value) == 2
     _assert_one_line(capsys, message)
     assert not out.exists(), "something was written"
+
+
+def test_misuse_of_classifiers_ends_in_one_line(digits, roll, classifier, tmp_path, capsys):
+    other, large = tmp_path / "other", tmp_path / "large"
+    options = ("--classifier", "--train-steps", 1, "--batch", 2)
+    assert run("train", *options, "--schedule", "linear", "--out", other) == 0
+    assert run("train", *options, "--image-size", 16, "--out", large) == 0
+    folder = tmp_path / "folder" / "one"
+    folder.mkdir(parents=True)
+    Image.new("L", (8, 8)).save(folder / "image.png")
+    assert run("train", *options, "--data", f"folder:{folder.parent}", "--out", tmp_path / "one") == 0
+    new, guided = ("train", "--out", tmp_path / "new"), ("sample", "--checkpoint", digits, "--out", tmp_path / "new")
+    for arguments, message in [
+        (
+            (*new, "--classifier", "--data", "swiss-roll"),
+            "swiss-roll has no labels, which a classifier needs: digits",
+        ),
+        ((*new, "--classifier", "--model", "unet-small"), "--classifier trains no unet: leave out --model unet-small"),
+        ((*new, "--classifier", "--prediction", "epsilon"), "prediction: settings of diffusion models"),
+        ((*new, "--classifier", "--data", f"folder:{folder}"), "has no labels"),
+        (("sample", "--checkpoint", classifier), "holds a classifier: give the run of a diffusion model"),
+        (("convert", classifier, tmp_path / "new", "--to", "diffusers"), "holds a classifier"),
+        ((*guided, "--classifier-scale", 2), "--classifier-scale needs --classifier"),
+        ((*guided, "--classifier", classifier, "--guidance-scale", 2), "--guidance-scale is not that of --classifier"),
+        ((*guided, "--classifier", classifier, "--classifier-scale", "nan"), "classifier_scale must be finite"),
+        ((*guided, "--classifier", classifier, "--labels", "11"), r"--labels must lie in 0\.\.\.9"),
+        ((*guided, "--classifier", digits), "holds no classifier but a UNet: fastdiff train --classifier makes one"),
+        ((*guided, "--classifier", tmp_path / "nothing"), "nothing does not exist"),
+        ((*guided, "--classifier", other), "reads the noise levels of Schedule.linear.*has those of Schedule.cosine"),
+        ((*guided, "--classifier", large), r"reads samples of \[1, 16, 16\], the model makes \[1, 8, 8\]"),
+        ((*guided, "--classifier", tmp_path / "one"), "reads the classes of folder:.*, the model has those of digits"),
+        (("sample", "--checkpoint", roll, "--classifier", classifier), r"the model makes \[2\]"),
+    ]:
+        capsys.readouterr()
+        assert run(*arguments) == 2, arguments
+        _assert_one_line(capsys, message)
+    assert not (tmp_path / "new").exists()
 
 
 def damage_nothing_there(run_):

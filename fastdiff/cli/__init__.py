@@ -9,18 +9,19 @@ from collections.abc import Sequence
 import typer
 
 from fastdiff.cli import convert, demo, info, sample, train
+from fastdiff.cli import eval as evaluation
 from fastdiff.errors import InputError
 
 app = typer.Typer(
     name="fastdiff",
-    help="Train diffusion models and sample from them.",
+    help="Train diffusion models, sample from them and judge the samples.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo.demo, train.train, sample.sample, convert.convert, info.info):
-    app.command()(command)
+for command in (demo.demo, train.train, sample.sample, evaluation.eval_, convert.convert, info.info):
+    app.command(command.__name__.rstrip("_"))(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

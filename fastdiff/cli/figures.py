@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from fastdiff.metrics.evaluation import Result
+
 TILE = 64  # pixels that a small image is enlarged to, at least
 
 
@@ -43,6 +45,27 @@ def loss_curve(path: Path, losses: list[float]) -> None:
         axes[0, 0].set_yscale("log")
     axes[0, 0].set(xlabel="training step", ylabel="loss")
     axes[0, 0].legend(frameon=False)
+    _save(figure, path)
+
+
+def metric_curves(path: Path, over: str, curves: dict[str, list[tuple[int, Result]]], title: str) -> None:
+    """One panel for each metric: its value, and interval if there is one, over ``steps`` or along a ``trajectory``."""
+    figure, axes = _figure(1, len(curves), size=(3.8 * len(curves), 3.4))
+    for axis, (name, points) in zip(axes[0], curves.items(), strict=True):
+        places, values = [place for place, _ in points], [result.value for _, result in points]
+        axis.plot(places, values, color="#1f4e8c", marker="o", markersize=3)
+        bands = [result.interval for _, result in points if result.interval]
+        if bands:  # the bias of few images shows in a bootstrap, whose interval is without it
+            axis.fill_between(places, *zip(*bands, strict=True), color="#c6d4e8", linewidth=0, label="95 %, unbiased")
+            axis.legend(frameon=False)
+        if min(values) > 0 and max(values) > 10 * min(values):
+            axis.set_yscale("log")
+        if over == "steps":
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(places, [str(place) for place in places])
+            axis.minorticks_off()
+        axis.set(title=name, xlabel="number of steps" if over == "steps" else "step whose $x_0$ is judged")
+    figure.suptitle(title, fontsize=9)
     _save(figure, path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -41,27 +41,34 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def with_fields(config_type: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make each field of a dataclass an option of a command, which gets those that were given as ``given``."""
-    hints = get_type_hints(config_type)
+def with_fields(*config_types: type, but: Collection[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make each field of dataclasses an option of a command, which gets those that were given as ``given``.
+
+    Args:
+        config_types: of a name that several have, the first one's field is the option. A field that is None by default
+            says in its meaning what that stands for.
+        but: fields that are left out.
+    """
+    chosen: dict[str, Any] = {}
+    hints: dict[str, Any] = {}
+    for kind in reversed(config_types):
+        chosen |= {field.name: field for field in fields(kind) if field.name not in but}
+        hints |= get_type_hints(kind)
 
     def parameter(field: Any) -> inspect.Parameter:
-        option = typer.Option(
-            help=f"{field.metadata['help']} [default: {field.default if field.default != '' else 'none'}]",
-            show_default=False,
-        )
+        default = "" if field.default is None else f" [default: {field.default if field.default != '' else 'none'}]"
+        option = typer.Option(help=f"{field.metadata['help']}{default}", show_default=False)
         annotation = Annotated[hints[field.name] | None, option]  # type: ignore[valid-type]
         return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
     def wrap(command: Callable[..., Any]) -> Callable[..., Any]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [
-            parameter(f) for f in fields(config_type)
-        ]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters += [parameter(field) for field in chosen.values()]
 
         @functools.wraps(command)
         def run(**values: Any) -> Any:
-            options = {field.name: values.pop(field.name) for field in fields(config_type)}
+            options = {name: values.pop(name) for name in chosen}
             return command(given={name: value for name, value in options.items() if value is not None}, **values)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 
 from fastdiff import _io, noise, ops
@@ -26,12 +28,13 @@ from fastdiff.cli.options import (
     with_fields,
 )
 from fastdiff.errors import InputError, check, choose
+from fastdiff.guidance import ClassifierFree, ClassifierGuidance
 from fastdiff.sampler import Sampler, State
-from fastdiff.schedule import SPACINGS
+from fastdiff.schedule import SPACINGS, Schedule
 from fastdiff.solvers import SOLVERS
 from fastdiff.training.checkpoint import FOLDER
 from fastdiff.training.data import points
-from fastdiff.training.run import Run, load_run
+from fastdiff.training.run import ClassifierRun, Run, load_classifier, load_run
 from fastdiff.training.trainer import PRECISIONS, option
 
 #: defaults for points, which are small and come in clouds
@@ -49,6 +52,7 @@ class SampleConfig:
     steps: int = option(50, "sampling steps; for points 100")
     spacing: str = option("trailing", f"of the timesteps: {', '.join(SPACINGS)}")
     guidance_scale: float = option(1.0, "classifier-free guidance: 1 is the conditional model alone")
+    classifier_scale: float = option(1.0, "guidance by --classifier: 0 is the model alone")
     seed: int = option(0, "sample k of a seed starts from the same noise in any batch")
     batch: int = option(250, "samples that go through the network at once")
     precision: str = option("fp32", "of the network: fp32, bf16")
@@ -56,6 +60,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check(self.count >= 1, f"count must be at least 1, got {self.count}")
         check(self.batch >= 1, f"batch must be at least 1, got {self.batch}")
+        check(math.isfinite(self.classifier_scale), f"classifier_scale must be finite, got {self.classifier_scale}")
         choose("precision", self.precision, PRECISIONS)
         noise.check_seed(self.seed)
 
@@ -78,30 +83,73 @@ class SampleConfig:
 def sample(
     given: dict[str, Any],
     checkpoint: CheckpointPath = Path("runs/demo"),
+    classifier: Annotated[
+        Path | None, typer.Option(help="a run of fastdiff train --classifier, to guide by in place of --guidance-scale")
+    ] = None,
     out: OutDir = None,
     device: DeviceName = "auto",
     backend: BackendName = "auto",
 ) -> None:
     """Sample from a trained run: samples.npz and a picture, by default into the run's samples/."""
     run = load_run(checkpoint, device=choose_device(device))
+    guide = _guide(run, classifier, given)
     config = SampleConfig(**({**POINTS, **given} if run.data.is_points else given))
     place = out or _run_directory(checkpoint) / "samples"
     if run.data.is_points:
         figures.require_matplotlib()
     began = time.perf_counter()
     with ops.backend(backend):
-        drawn = draw(run, config)
+        drawn = draw(run, config, guide)
     seconds = time.perf_counter() - began
     write_samples(place, drawn.samples, drawn.labels)
     if drawn.samples.ndim == 2:
         _draw_points(place / "samples.png", run, drawn)
     else:
         figures.image_grid(place / "samples.png", drawn.samples[:100])
-    settings = {**asdict(config), "checkpoint": str(checkpoint), "training_step": run.step, "backend": backend}
+    settings = {
+        **asdict(config),
+        "checkpoint": str(checkpoint),
+        "classifier": None if classifier is None else str(classifier),
+        "training_step": run.step,
+        "backend": backend,
+    }
     _io.replace_json(
         place / "samples.json", {"seconds": seconds, "samples_per_second": config.count / seconds, "settings": settings}
     )
     print(f"{config.count} samples in {seconds:.1f} s: {place}")
+
+
+def _guide(run: Run, path: Path | None, given: dict[str, Any]) -> ClassifierRun | None:
+    """The classifier to guide ``run`` by.
+
+    Raises:
+        InputError: options that do not apply, a classifier that was trained for other images, levels or classes.
+    """
+    if path is None:
+        check("classifier_scale" not in given, "--classifier-scale needs --classifier")
+        return None
+    check("guidance_scale" not in given, "--guidance-scale is not that of --classifier, which is --classifier-scale")
+    guide = load_classifier(path, device=next(run.model.parameters()).device)
+    its, mine = guide.data, run.data
+    reads = f"--classifier {path} reads"
+    check(its.shape == mine.shape, f"{reads} samples of {list(its.shape)}, the model makes {list(mine.shape)}")
+    levels = guide.diffusion.schedule, run.diffusion.schedule
+    check(_equal(*levels), f"{reads} the noise levels of {levels[0]}, the model has those of {levels[1]}")
+    numbers = tuple(map(str, range(len(its.classes))))  # of a model that was converted
+    check(
+        not _is_conditional(run) or mine.classes in (its.classes, numbers),
+        f"{reads} the classes of {its.name}, the model has those of {mine.name}",
+    )
+    return guide
+
+
+def _equal(a: Schedule, b: Schedule) -> bool:
+    tables = [(getattr(a, name).double(), getattr(b, name).double()) for name in ("alpha", "sigma", "c_in", "c_noise")]
+    return all(mine.shape == its.shape and torch.allclose(mine, its) for mine, its in tables)
+
+
+def _is_conditional(run: Run) -> bool:
+    return getattr(run.model, "label", None) is not None
 
 
 def _run_directory(path: Path) -> Path:
@@ -120,19 +168,26 @@ class Drawn:
     trajectory: list[Tensor]
 
 
-def draw(run: Run, config: SampleConfig, *, frames: int = 6) -> Drawn:
-    """Draw ``config.count`` samples from a run, in batches, and keep about ``frames`` states of the first."""
+def draw(run: Run, config: SampleConfig, guide: ClassifierRun | None = None, *, frames: int = 6) -> Drawn:
+    """Draw ``config.count`` samples from a run, in batches, and keep about ``frames`` states of the first.
+
+    Args:
+        guide: the classifier to guide by, of the same images, noise levels and, if the model has any, classes.
+    """
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    conditional = _is_conditional(run)
     sampler = Sampler(
         run.model if dtype == torch.float32 else copy.deepcopy(run.model).to(dtype),
         run.diffusion,
         solver=config.solver,
         steps=config.steps,
         spacing=config.spacing,
-        guidance_scale=config.guidance_scale,
+        guidance_scale=config.guidance_scale if guide is None else config.classifier_scale,
+        guidance=ClassifierFree() if guide is None else ClassifierGuidance(guide.model, conditional),
         clip=None if run.data.is_points else 1.0,
     )
-    labels = config.label_tensor(len(run.data.classes))
+    classes = run.data.classes if guide is None else guide.data.classes
+    labels = config.label_tensor(len(classes) if conditional or guide else 0)
     last = len(sampler.table) - 1
     moments = {round(i * last / (frames - 1)) for i in range(frames)}
     batches = -(-config.count // config.batch)
