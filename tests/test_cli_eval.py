@@ -1,123 +1,48 @@
-"""``fastdiff eval``: equal numbers from all kinds of sources and any number of processes; bad input in one line."""
+"""``fastdiff eval``: equal numbers from all kinds of sources and any number of processes; curves."""
 
 from __future__ import annotations
 
-import json
-import re
 import socket
 import subprocess
 import sys
-import warnings
 
-import numpy as np
 import pytest
 import torch
+from eval_tools import (
+    HERE,
+    PIXELS,
+    Looks,
+    color,
+    damaged,
+    digits,
+    report,
+    run,
+    tiny_unet,
+    values,
+    write_folder,
+    write_npz,
+    write_run,
+)
 from PIL import Image
 
-import fastdiff as fd
 from fastdiff.cli import judging, main
 from fastdiff.cli.drawing import Drawing
 from fastdiff.cli.sample import SampleConfig
 from fastdiff.cli.sources import Wanted, open_source
-from fastdiff.errors import InputError
 from fastdiff.metrics.evaluation import Pixels, collect, evaluate
-from fastdiff.metrics.features import Features
 from fastdiff.metrics.statistics import FeatureStatistics
 from fastdiff.training import checkpoint
-from fastdiff.training.data import load
-from fastdiff.training.run import load_run, save_run
+from fastdiff.training.run import load_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*biased upwards"),  # by few images
     pytest.mark.usefixtures("one_thread"),
 ]
-PIXELS = ("--features", "pixels")
-HERE = "python:test_cli_eval:"
-
-
-class Looks:
-    """An extractor of all kinds of features: 5 numbers of each image."""
-
-    settings = {"features": "looks", "weights": "none", "resize": "none"}  # noqa: RUF012
-
-    def __call__(self, images):
-        pixels = images.flatten(1).double() / 255
-        five = torch.stack([pixels[:, i::5].mean(1) for i in range(5)], 1)
-        return Features(five, five[:, :3], 10 * five)
-
-    def to(self, device):
-        return self
-
-
-def looks(device):
-    return Looks()
-
-
-def broken(device):
-    return lambda images: images.flatten(1).double() / (images.flatten(1).double().sum(1, keepdim=True))
-
-
-def no_extractor(device):
-    return 3
-
-
-def run(*arguments) -> int:
-    with warnings.catch_warnings():  # main shows warnings in its own way from now on
-        return main(["eval", *map(str, arguments)])
-
-
-def report(place, name="eval"):
-    return json.loads((place / f"{name}.json").read_text())
-
-
-def values(place):
-    return {result["metric"]: result["value"] for result in report(place)["results"]}
-
-
-def digits(count: int) -> torch.Tensor:
-    data = load("digits")
-    return data.to_raw(data.batch(torch.arange(count))[0])
-
-
-def write_folder(place, images):
-    place.mkdir()
-    for i, image in enumerate(images):
-        pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-        Image.fromarray(pixels.numpy()).save(place / f"{i:04d}.png")
-    return place
-
-
-def write_npz(path, images, **more):
-    np.savez(path, images.permute(0, 2, 3, 1).numpy(), **more)
-    return path
-
-
-def damaged(path):
-    path.write_bytes(path.read_bytes()[:-30])
-    return path
-
-
-def color(count: int, size: int = 32, seed: int = 0) -> torch.Tensor:
-    return torch.randint(256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
-
-def tiny_unet(**settings) -> fd.UNet:
-    """A network that says something without having been trained."""
-    torch.manual_seed(0)
-    small = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
-    unet = fd.UNet(8, 1, **small, norm_groups=4, **settings)
-    for parameter in unet.parameters():
-        if not parameter.any():  # what begins at zero says nothing
-            torch.nn.init.normal_(parameter, std=0.2)
-    return unet
 
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    unet = tiny_unet()
-    path = tmp_path_factory.mktemp("runs") / "network"
-    save_run(path, unet, fd.Diffusion(fd.Schedule.cosine(100), "sample"))
-    return path
+    return write_run(tmp_path_factory.mktemp("runs") / "network", tiny_unet())
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +95,7 @@ def test_a_run_is_judged_by_its_samples(network, sets, tmp_path) -> None:
 def test_a_sample_is_the_same_in_every_batch(tmp_path) -> None:
     """Its noise and its label."""
     unet = tiny_unet(num_classes=3)
-    save_run(tmp_path / "run", unet, fd.Diffusion(fd.Schedule.cosine(100), "sample"))
+    write_run(tmp_path / "run", unet)
     drawing = Drawing(load_run(tmp_path / "run"), SampleConfig(count=10, steps=2, labels="0,2,1", seed=4))
     assert drawing.labels.tolist() == [0, 2, 1, 0, 2, 1, 0, 2, 1, 0]
     whole = drawing.samples(torch.arange(10))
@@ -275,8 +200,8 @@ def inception(monkeypatch):
 
 
 def test_inception_looks_at_pictures(inception, tmp_path) -> None:
-    a, b = (write_npz(tmp_path / f"{seed}.npz", color(12, seed=seed)) for seed in (1, 2))
-    assert run(a, b, "--out", tmp_path, "--weights", "somewhere.pth") == 0
+    a = write_npz(tmp_path / "a.npz", color(12))
+    assert run(a, a, "--weights", "somewhere.pth") == 0
     assert inception == ["somewhere.pth"]
 
 
@@ -348,11 +273,19 @@ def test_torchrun_may_start_the_processes(sets, tmp_path, monkeypatch, capsys) -
 
 @pytest.mark.slow
 def test_torchrun_starts_two(sets, tmp_path) -> None:
-    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
     def torchrun(a, place):
-        command = [*starter, "-m", "fastdiff", "eval", a, sets[1], *PIXELS, "--out", place]
-        return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "fastdiff",
+        ]
+        command = [*start, "eval", str(a), str(sets[1]), *PIXELS, "--out", str(place)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert torchrun(sets[0], tmp_path / "out").returncode == 0
     assert values(tmp_path / "out") == pytest.approx({"fid": 0}, abs=1e-12)
@@ -390,130 +323,5 @@ def test_metrics_along_a_trajectory(network, sets, tmp_path) -> None:
     for steps, point in ((8, points[-1]), (1, points[0])):  # one step ends with its estimate
         judged(network, sets, tmp_path / "end", "--steps", steps, "--batch", 5)
         assert report(tmp_path / "end")["results"] == point["results"]
-    fids = [point["results"][0]["value"] for point in points]
-    assert len(set(fids)) == len(fids)
-    with Image.open(tmp_path / "curve-trajectory.png") as picture:
-        assert picture.size[0] > 500
-
-
-# ---- bad input ---------------------------------------------------------------------------------------------
-
-
-def refused(capsys, message, *arguments) -> None:
-    assert run(*arguments) == 2
-    printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if not re.match(r"(reading|sampling|metrics) ?", line)]
-    assert len(lines) == 1, printed.err
-    assert lines[0].startswith("fastdiff: ")
-    assert re.search(message, lines[0]), lines[0]
-    assert printed.out == ""
-
-
-#: A, B, further options, the message
-BAD = {
-    "name": ("nope", "digits", (), "'nope' is no data set .* and there is no file or directory of that name"),
-    "points": ("swiss-roll", "digits", (), "swiss-roll holds points"),
-    "no B": ("digits", None, ("--metrics", "fid"), "fid compares with real images"),
-    "metric": ("digits", "digits", ("--metrics", "fid,fjd"), "unknown metric 'fjd': choose from fid, sfid"),
-    "no logits": ("digits", "digits", ("--metrics", "is", *PIXELS), "is needs logits"),
-    "features": ("digits", "digits", ("--features", "clip"), "unknown features 'clip': choose from inception, pixels"),
-    "no classifier": ("digits", "digits", ("--features", "classifier:/no/run"), "/no/run does not exist"),
-    "no module": ("digits", "digits", ("--features", "python:no_module:f"), "python:no_module:f is no function"),
-    "no function": ("digits", "digits", ("--features", HERE + "nope"), "is no function .*nope"),
-    "no extractor": ("digits", "digits", ("--features", HERE + "no_extractor"), "must make an extractor, got int"),
-    "NaN": ("digits", "digits", ("--features", HERE + "broken"), "pool holds NaN or infinite values"),
-    "inception unasked": (
-        "digits",
-        "digits",
-        (),
-        "Inception says nothing of 1x8x8 images: take --features classifier:RUN",
-    ),
-    "weights of pixels": ("digits", "digits", ("--weights", "x", *PIXELS), "--weights are Inception's"),
-    "no weights": ("digits", "digits", ("--features", "inception", "--weights", "/no/file"), "no file /no/file"),
-    "too many": ("digits", "digits", ("--count", 1798, *PIXELS), "digits holds 1797 images: 1798 cannot be chosen"),
-    "one": ("digits", "digits", ("--count", 1, *PIXELS), "1 image of digits is too few"),
-    "none": ("digits", "digits", ("--real-count", 0, *PIXELS), "0 cannot be chosen"),
-    "batch": ("digits", "digits", ("--batch", 0, *PIXELS), "batch must be at least 1"),
-    "seed": ("digits", "digits", ("--seed", -1, *PIXELS), "seed"),
-    "confidence": ("digits", "digits", ("--confidence", 1, *PIXELS), "confidence must be 0 or above 1"),
-    "processes": ("digits", "digits", ("--processes", 0, *PIXELS), "processes must be at least 1"),
-    "device": ("digits", "digits", ("--device", "warp", *PIXELS), "--device warp"),
-    "curve": ("digits", "digits", ("--curve", "time", *PIXELS), "unknown curve 'time': choose from steps, trajectory"),
-    "curve of no run": ("digits", "digits", ("--curve", "steps", *PIXELS), "is of a run, which digits is not"),
-    "several steps": ("digits", "digits", ("--steps", "5,10", *PIXELS), "several numbers go with --curve steps"),
-    "steps": ("digits", "digits", ("--steps", "five", *PIXELS), "--steps must be whole numbers"),
-    "save": ("digits", "digits", ("--save-statistics", "x.pt", *PIXELS), "must name an .npz file, got x.pt"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_options_end_in_one_line(case, tmp_path, capsys) -> None:
-    a, b, options, message = BAD[case]
-    refused(capsys, message, a, *([b] if b else []), *options, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_bad_samples_end_in_one_line(network, sets, tmp_path, capsys) -> None:
-    for options, message in [
-        (("--steps", "101"), r"steps must lie in 1\.\.\.100, got 101"),
-        (("--curve", "steps", "--steps", "5,101"), r"steps must lie in 1\.\.\.100, got 101"),
-        (("--solver", "rk4"), "unknown solver 'rk4'"),
-        (("--labels", "3"), "not class-conditional"),
-        (("--count", "0"), "count must be at least 1"),
-        (("--image-size", "16"), "makes images of 8 x 8 pixels, which --image-size does not change"),
-    ]:
-        refused(capsys, message, network, sets[0], *PIXELS, *options, "--out", tmp_path / "out")
-    file = tmp_path / "file"
-    file.touch()
-    refused(capsys, "is no directory", network, sets[0], *PIXELS, "--out", file)
-    refused(capsys, "pickles are never opened", file, sets[0], *PIXELS)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_samples_that_are_not_finite_end_in_one_line(sets, tmp_path, capsys) -> None:
-    unet = tiny_unet()
-    torch.nn.init.constant_(unet.conv_out.bias, torch.nan)
-    save_run(tmp_path / "run", unet, fd.Diffusion(fd.Schedule.cosine(100)))
-    refused(capsys, "gives NaN or infinity", tmp_path / "run", sets[0], *PIXELS, "--steps", 2)
-    assert not (tmp_path / "run" / "eval").exists()
-
-
-def test_bad_files_end_in_one_line(sets, tmp_path, capsys) -> None:
-    mixed = write_folder(tmp_path / "mixed", [*digits(2), torch.zeros(1, 9, 8, dtype=torch.uint8)])
-    text = write_folder(tmp_path / "text", digits(3))
-    (text / "0001.png").write_text("no image")
-    (tmp_path / "empty").mkdir()
-    np.savez(tmp_path / "float.npz", digits(3).permute(0, 2, 3, 1).numpy() / 255)
-    np.savez(tmp_path / "channels-first.npz", digits(3).numpy())
-    np.savez(tmp_path / "points.npz", np.zeros((5, 2), np.float32))
-    np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    np.savez(tmp_path / "statistics.npz", mu=np.zeros(5), sigma=np.eye(4))
-    np.savez(tmp_path / "narrow.npz", mu=np.zeros(4), sigma=np.eye(4))
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(b"other weights")
-    uint8 = r"must be uint8 \[N, H, W, C\] in 0\.\.\.255 with 1 or 3 channels, got"
-    narrow = tmp_path / "narrow.npz"
-    for a, b, options, message in [
-        (mixed, "digits", PIXELS, r"0000.png has 8 x 8 pixels, .*0002.png 8 x 9: --image-size makes them equal"),
-        (text, "digits", PIXELS, "0001.png cannot be read"),
-        (write_folder(tmp_path / "one", digits(1)), "digits", PIXELS, "1 image of .*one is too few"),
-        (tmp_path / "empty", "digits", PIXELS, "empty holds neither images .* nor a checkpoint"),
-        (damaged(write_npz(tmp_path / "cut.npz", digits(3))), "digits", PIXELS, "cut.npz is no .npz file.*damaged"),
-        (tmp_path / "float.npz", "digits", PIXELS, uint8 + r" float64 \[3, 8, 8, 1\]"),
-        (tmp_path / "channels-first.npz", "digits", PIXELS, uint8 + r" uint8 \[3, 1, 8, 8\]"),
-        (tmp_path / "points.npz", "digits", PIXELS, uint8 + r" float32 \[5, 2\]"),
-        (tmp_path / "other.npz", "digits", PIXELS, r"neither images \(arr_0\) nor statistics"),
-        ("digits", tmp_path / "statistics.npz", PIXELS, r"mu \[5\] and sigma \[4, 4\]"),
-        ("digits", narrow, PIXELS, "generated features are 64 wide, real ones 4"),
-        ("digits", narrow, ("--metrics", "fid,kid", *PIXELS), "kid needs .* statistics of a file have none"),
-        ("digits", narrow, ("--real-count", 5, *PIXELS), "of which no 5 can be chosen"),
-        (write_npz(tmp_path / "color.npz", color(4)), "digits", PIXELS, "images of 3x32x32 and 1x8x8 .*--image-size"),
-        (tmp_path / "color.npz", tmp_path / "color.npz", ("--weights", weights), "is not the published file"),
-    ]:
-        refused(capsys, message, a, b, *options, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_nothing_is_known_of_a_source_that_is_no_name() -> None:
-    with pytest.raises(InputError, match="lacks its path"):
-        open_source("folder:", Wanted(None, 0, None, {}, 0, torch.device("cpu")))
+    assert len({point["results"][0]["value"] for point in points}) == len(points)
+    assert (tmp_path / "curve-trajectory.png").exists()

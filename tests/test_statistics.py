@@ -1,6 +1,7 @@
 """Streaming mean and covariance, and FID as an object: any cut, order and number of processes; files; bad input."""
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -167,6 +168,19 @@ def test_bad_files_are_named(case, tmp_path):
     with pytest.raises(fd.InputError, match=message) as caught:
         FeatureStatistics.load(path)
     assert "file.npz" in str(caught.value)
+
+
+def test_no_damage_is_anything_but_an_input_error(tmp_path):
+    path, random = tmp_path / "a.npz", np.random.default_rng(0)
+    of(features()).save(path)
+    whole = path.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in random.integers(0, len(whole), 3):
+            damaged[place] ^= 1 << int(random.integers(0, 8))
+        path.write_bytes(damaged[: int(random.integers(1, len(whole) + 1))] if random.random() < 0.3 else damaged)
+        with suppress(fd.InputError):
+            FeatureStatistics.load(path)
 
 
 def test_nothing_half_written_where_there_is_nothing_to_save(tmp_path):

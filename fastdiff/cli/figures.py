@@ -50,23 +50,32 @@ def loss_curve(path: Path, losses: list[float]) -> None:
 
 def metric_curves(path: Path, over: str, curves: dict[str, list[tuple[int, Result]]], title: str) -> None:
     """One panel for each metric: its value, and interval if there is one, over ``steps`` or along a ``trajectory``."""
-    figure, axes = _figure(1, len(curves), size=(3.8 * len(curves), 3.4))
-    for axis, (name, points) in zip(axes[0], curves.items(), strict=True):
-        places, values = [place for place, _ in points], [result.value for _, result in points]
-        axis.plot(places, values, color="#1f4e8c", marker="o", markersize=3)
-        bands = [result.interval for _, result in points if result.interval]
-        if bands:  # the bias of few images shows in a bootstrap, whose interval is without it
-            axis.fill_between(places, *zip(*bands, strict=True), color="#c6d4e8", linewidth=0, label="95 %, unbiased")
-            axis.legend(frameon=False)
-        if min(values) > 0 and max(values) > 10 * min(values):
-            axis.set_yscale("log")
-        if over == "steps":
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(places, [str(place) for place in places])
-            axis.minorticks_off()
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, axes = _figure(rows, columns, size=(3.8 * columns, 3.2 * rows + 0.3))
+    for axis in axes.flat[len(curves) :]:
+        axis.set_axis_off()
+    for axis, (name, points) in zip(axes.flat, curves.items(), strict=False):
+        _metric_curve(axis, over, points)
         axis.set(title=name, xlabel="number of steps" if over == "steps" else "step whose $x_0$ is judged")
     figure.suptitle(title, fontsize=9)
     _save(figure, path)
+
+
+def _metric_curve(axis: Axes, over: str, points: list[tuple[int, Result]]) -> None:
+    places, values = [place for place, _ in points], [result.value for _, result in points]
+    axis.plot(places, values, color="#1f4e8c", marker="o", markersize=3)
+    intervals = [result.interval for _, result in points if result.interval]
+    if intervals:  # without the bias that few images have, and so perhaps beside the value
+        low, high = zip(*intervals, strict=True)
+        axis.fill_between(places, low, high, color="#c6d4e8", linewidth=0, label="95 % interval")
+        axis.legend()
+    elif min(values) > 0 and max(values) > 10 * min(values):
+        axis.set_yscale("log")
+    if over == "steps":
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(places, [str(place) for place in places])
+        axis.minorticks_off()
 
 
 def image_grid(path: Path, images: Tensor, columns: int = 10) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +17,7 @@ from torch import Tensor
 from fastdiff import _io, noise, ops
 from fastdiff._progress import progress
 from fastdiff.cli import figures
+from fastdiff.cli.drawing import Drawing, is_conditional
 from fastdiff.cli.options import (
     BackendName,
     CheckpointPath,
@@ -28,8 +27,6 @@ from fastdiff.cli.options import (
     with_fields,
 )
 from fastdiff.errors import InputError, check, choose
-from fastdiff.guidance import ClassifierFree, ClassifierGuidance
-from fastdiff.sampler import Sampler, State
 from fastdiff.schedule import SPACINGS, Schedule
 from fastdiff.solvers import SOLVERS
 from fastdiff.training.checkpoint import FOLDER
@@ -137,7 +134,7 @@ def _guide(run: Run, path: Path | None, given: dict[str, Any]) -> ClassifierRun 
     check(_equal(*levels), f"{reads} the noise levels of {levels[0]}, the model has those of {levels[1]}")
     numbers = tuple(map(str, range(len(its.classes))))  # of a model that was converted
     check(
-        not _is_conditional(run) or mine.classes in (its.classes, numbers),
+        not is_conditional(run) or mine.classes in (its.classes, numbers),
         f"{reads} the classes of {its.name}, the model has those of {mine.name}",
     )
     return guide
@@ -146,10 +143,6 @@ def _guide(run: Run, path: Path | None, given: dict[str, Any]) -> ClassifierRun 
 def _equal(a: Schedule, b: Schedule) -> bool:
     tables = [(getattr(a, name).double(), getattr(b, name).double()) for name in ("alpha", "sigma", "c_in", "c_noise")]
     return all(mine.shape == its.shape and torch.allclose(mine, its) for mine, its in tables)
-
-
-def _is_conditional(run: Run) -> bool:
-    return getattr(run.model, "label", None) is not None
 
 
 def _run_directory(path: Path) -> Path:
@@ -174,37 +167,19 @@ def draw(run: Run, config: SampleConfig, guide: ClassifierRun | None = None, *, 
     Args:
         guide: the classifier to guide by, of the same images, noise levels and, if the model has any, classes.
     """
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    conditional = _is_conditional(run)
-    sampler = Sampler(
-        run.model if dtype == torch.float32 else copy.deepcopy(run.model).to(dtype),
-        run.diffusion,
-        solver=config.solver,
-        steps=config.steps,
-        spacing=config.spacing,
-        guidance_scale=config.guidance_scale if guide is None else config.classifier_scale,
-        guidance=ClassifierFree() if guide is None else ClassifierGuidance(guide.model, conditional),
-        clip=None if run.data.is_points else 1.0,
-    )
-    classes = run.data.classes if guide is None else guide.data.classes
-    labels = config.label_tensor(len(classes) if conditional or guide else 0)
-    last = len(sampler.table) - 1
+    drawing = Drawing(run, config, guide)
+    last = len(drawing.sampler.table) - 1
     moments = {round(i * last / (frames - 1)) for i in range(frames)}
-    batches = -(-config.count // config.batch)
+    batches = torch.arange(config.count).split(config.batch)
+    states = (state for ids in batches for state in drawing.states(ids))
     finished: list[Tensor] = []
     trajectory: list[Tensor] = []
-    for state in progress(_states(sampler, run, config, labels), batches * (last + 1), "sampling"):
+    for state in progress(states, len(batches) * (last + 1), "sampling"):
         if state.step in moments and len(trajectory) < len(moments):
-            trajectory.append(run.data.to_raw(state.x.cpu()))
+            trajectory.append(drawing.to_raw(state.x))
         if state.step == last:
-            finished.append(run.data.to_raw(state.x.cpu()))
-    return Drawn(torch.cat(finished), labels, trajectory)
-
-
-def _states(sampler: Sampler, run: Run, config: SampleConfig, labels: Tensor | None) -> Iterator[State]:
-    for ids in torch.arange(config.count).split(config.batch):
-        cond: dict[str, Any] = {} if labels is None else {"y": labels[ids].to(sampler.device)}
-        yield from sampler.iterate((len(ids), *run.data.shape), seed=config.seed, sample=ids, **cond)
+            finished.append(drawing.to_raw(state.x))
+    return Drawn(torch.cat(finished), drawing.labels, trajectory)
 
 
 def _draw_points(path: Path, run: Run, drawn: Drawn) -> None:

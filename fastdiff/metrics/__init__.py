@@ -2,6 +2,7 @@
 
 from fastdiff.metrics.confidence import bootstrap, extrapolate, fid_infinity
 from fastdiff.metrics.energy import energy_distance
+from fastdiff.metrics.evaluation import collect, evaluate
 from fastdiff.metrics.features import Features, to_uint8
 from fastdiff.metrics.fid import FID
 from fastdiff.metrics.frechet import frechet_distance, frechet_distance_from_features, sqrtm_psd
@@ -18,7 +19,9 @@ __all__ = [
     "Inception",
     "bootstrap",
     "cmmd",
+    "collect",
     "energy_distance",
+    "evaluate",
     "extrapolate",
     "fid_infinity",
     "frechet_distance",
