@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import pickle
 import signal
 
@@ -242,13 +243,14 @@ def test_a_pickle_inside_a_checkpoint_is_not_executed(run, tmp_path):
 def test_nothing_in_the_package_unpickles():
     """Peers' own files are read by the one call that runs no code of theirs."""
     package = os.path.dirname(checkpoint.__file__) + "/.."
-    safe = 'torch.load(path, map_location="cpu", weights_only=True)'
+    safe = re.compile(r'torch\.load\([\w.()]+, map_location="cpu", weights_only=True\)')
     banned = ("pickle.load", "torch.load(", "weights_only=False", "yaml.load", "eval(", "exec(", "extractall")
     for folder, _, files in os.walk(package):
         for file in files:
             if file.endswith(".py"):
                 with open(os.path.join(folder, file), encoding="utf-8") as source:
-                    text = source.read().replace(".eval()", "").replace("safetensors.torch.load(", "").replace(safe, "")
+                    text = source.read().replace(".eval()", "").replace("safetensors.torch.load(", "")
+                text = safe.sub("", text)
                 assert not [word for word in banned if word in text], file
 
 
