@@ -32,7 +32,20 @@ def test_import_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "name",
-    ["Schedule", "Diffusion", "Sampler", "UNet", "MLP", "Classifier", "InputError", "backend", "explain", "ops", "noise", "metrics"],
+    [
+        "Schedule",
+        "Diffusion",
+        "Sampler",
+        "UNet",
+        "MLP",
+        "Classifier",
+        "InputError",
+        "backend",
+        "explain",
+        "ops",
+        "noise",
+        "metrics",
+    ],
 )
 def test_public_names(name):
     assert hasattr(fd, name)
