@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(THREADS) guide_kernel(const __grid_constant__ 
 __device__ __forceinline__ float clamp(float x, float bound) { return x < -bound ? -bound : x > bound ? bound : x; }
 
 template <bool DRAWN, bool FLAT>
-__global__ void __launch_bounds__(THREADS, DRAWN && FLAT ? 6 : 1) affine_step_kernel(
+__global__ void __launch_bounds__(THREADS, DRAWN && FLAT ? 6 : 4) affine_step_kernel(
     const __grid_constant__ AffineStep op) {
   Place place;
   if (!locate(op.space, place)) return;
