@@ -14,7 +14,7 @@ from fastdiff import _io
 from fastdiff.errors import InputError, check
 from fastdiff.metrics.features import check_features
 
-BLOCK = 1024  # rows that wait to be taken up together
+BLOCK = 4096  # rows that wait to be taken up together
 
 
 class FeatureStatistics:
