@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -290,10 +290,7 @@ class Diffusion:
     def _inference(self, model: Model) -> likelihood.Network:
         """The model in its form for inference; it gets its input in its own precision, times in at least 32 bits."""
         check(callable(model), f"model must be callable, got {type(model).__name__}")
-        prepared = getattr(type(model), "prepared", None)  # of the model itself, not of what a wrapper passes on
-        network = prepared(model) if prepared else model
-        parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
-        own = parameter.dtype if parameter is not None and parameter.is_floating_point() else None
+        network, own = inference_form(model), precision_of(model)
 
         def ask(x_in: Tensor, times: Tensor, cond: dict[str, Any]) -> Tensor:
             x_in = x_in.to(own or x_in.dtype)
@@ -347,6 +344,18 @@ class Diffusion:
         out = network_output(model(x_in, times, **cond))
         self.check_output(out, x_t)
         return out
+
+
+def inference_form(model: Model) -> Model:
+    """The form for inference that a model has, see :meth:`fastdiff.UNet.prepared`, or itself."""
+    prepared = getattr(type(model), "prepared", None)  # of the model itself, not of what a wrapper passes on
+    return cast(Model, prepared(model)) if prepared else model
+
+
+def precision_of(model: Model) -> torch.dtype | None:
+    """The dtype of a network's parameters, None for what has none."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return parameter.dtype if parameter is not None and parameter.is_floating_point() else None
 
 
 def network_output(result: Any) -> Tensor:

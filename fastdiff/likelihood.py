@@ -161,7 +161,7 @@ def variational_bound(
     n, device = len(x0), x0.device
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
     table, c_in, times = table.to(x0), schedule.c_in.to(x0), schedule.c_noise.to(device)
-    seeds, ids = (value.to(device) for value in noises.sample_ids(n, seed, sample))
+    seeds, ids = noises.sample_ids(n, seed, sample, device)
     scaled = bool((schedule.c_in != 1).any())
     terms = torch.empty(len(table), n, dtype=torch.float64, device=device)
     flat, size = terms.view(-1), batch_size(batch, x0)
@@ -292,7 +292,7 @@ def log_likelihood(
     """The log-density of samples under the flow, see :meth:`fastdiff.Diffusion.log_likelihood`."""
     n, d = len(x0), math.prod(x0.shape[1:])
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32)).clone()
-    seeds, ids = (value.to(x0.device) for value in noises.sample_ids(n, seed, sample))
+    seeds, ids = noises.sample_ids(n, seed, sample, x0.device)
     prior, change = torch.empty(2, n, dtype=torch.float64, device=x0.device)
     if dequantize:
         place = noises.Address(seeds, 0, ids, noises.Stream.DEQUANTIZATION)

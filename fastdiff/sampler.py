@@ -15,7 +15,7 @@ from fastdiff import graph as graphs
 from fastdiff import noise as noises
 from fastdiff import ops
 from fastdiff._progress import progress as show
-from fastdiff.diffusion import Diffusion, Model
+from fastdiff.diffusion import Diffusion, Model, inference_form, precision_of
 from fastdiff.errors import InputError, check
 from fastdiff.guidance import ClassifierFree, Conditions, Guidance
 from fastdiff.loop import Columns, Given, Kind, Loop, Memory, Rows
@@ -168,11 +168,10 @@ class Sampler:
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = torch.device(device or ("cpu" if parameter is None else parameter.device))
         # The network gets its input in its own precision, the state keeps its own.
-        of_network = parameter.dtype if parameter is not None and parameter.is_floating_point() else dtype
-        prepared = getattr(type(model), "prepared", None)  # of the model itself, not of what a wrapper passes on
+        of_network = precision_of(model) or dtype
         rows = self.table.rows
         self._loop = Loop(
-            prepared(model) if prepared else model,
+            inference_form(model),
             diffusion,
             guidance,
             of_network,

@@ -15,18 +15,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "network", tiny_unet())
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    """60 digits as a folder and as an npz."""
-    place = tmp_path_factory.mktemp("sets")
-    return write_folder(place / "folder", digits(60)), write_npz(place / "images.npz", digits(60))
-
-
 def refused(capsys, message, *arguments) -> None:
     assert run(*arguments) == 2
     printed = capsys.readouterr()

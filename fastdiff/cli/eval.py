@@ -14,7 +14,7 @@ from fastdiff.cli import figures
 from fastdiff.cli.judging import EvalConfig, Point, Report, Request, judge
 from fastdiff.cli.options import BackendName, DeviceName, OutDir, choose_device, with_fields
 from fastdiff.cli.processes import on_processes
-from fastdiff.cli.sample import SampleConfig, _run_directory
+from fastdiff.cli.sample import SampleConfig, run_directory
 from fastdiff.cli.sources import HELP
 from fastdiff.errors import check
 from fastdiff.metrics.evaluation import Result
@@ -58,7 +58,7 @@ def eval_(
 
 
 def _place(generated: Path) -> Path | None:
-    run = _run_directory(generated) if generated.exists() else generated
+    run = run_directory(generated) if generated.exists() else generated
     return run / "eval" if (run / FOLDER).is_dir() else None
 
 

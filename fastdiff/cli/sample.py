@@ -91,7 +91,7 @@ def sample(
     run = load_run(checkpoint, device=choose_device(device))
     guide = _guide(run, classifier, given)
     config = SampleConfig(**({**POINTS, **given} if run.data.is_points else given))
-    place = out or _run_directory(checkpoint) / "samples"
+    place = out or run_directory(checkpoint) / "samples"
     if run.data.is_points:
         figures.require_matplotlib()
     began = time.perf_counter()
@@ -145,7 +145,7 @@ def _equal(a: Schedule, b: Schedule) -> bool:
     return all(mine.shape == its.shape and torch.allclose(mine, its) for mine, its in tables)
 
 
-def _run_directory(path: Path) -> Path:
+def run_directory(path: Path) -> Path:
     """The run that a checkpoint, or a file in one, belongs to."""
     path = path if path.is_dir() else path.parent
     return path.parent.parent if path.parent.name == FOLDER else path

@@ -16,7 +16,7 @@ from fastdiff.errors import check
 from fastdiff.metrics.evaluation import share
 from fastdiff.metrics.statistics import FeatureStatistics, read_arrays
 from fastdiff.training import checkpoint
-from fastdiff.training.data import ENDINGS, NAMES, Data, _images_below, _open, _resize, load
+from fastdiff.training.data import ENDINGS, NAMES, Data, images_below, load, open_image, resize
 from fastdiff.training.run import load_run
 
 CONVENTION = 50_000  # samples that an FID is usually of
@@ -149,7 +149,7 @@ def _folder(name: str, root: Path) -> Images:
     """Images as they are, and so all of one size; grey where all are grey."""
     check(name != "folder:", f"data set {name!r} lacks its path: folder:PATH")
     check(root.is_dir(), f"{root} {'is a file, not a folder' if root.exists() else 'does not exist'}")
-    paths = list(_images_below(root))
+    paths = list(images_below(root))
     check(paths, f"{root} holds neither images ({', '.join(ENDINGS)}) nor a checkpoint")
     looks = list(map(_look, paths))
     width, height = looks[0][1]
@@ -172,14 +172,14 @@ def _look(path: Path) -> tuple[str, tuple[int, int]]:
         exchanged = image.getexif().get(turned[0]) in turned[1]
         return image.mode, image.size[::-1] if exchanged else image.size
 
-    return _open(path, look)  # type: ignore[no-any-return]
+    return open_image(path, look)  # type: ignore[no-any-return]
 
 
 def _pixels(path: Path, mode: str) -> Tensor:
     from PIL import ImageOps
     from torchvision.transforms.v2 import functional
 
-    return _open(  # type: ignore[no-any-return]
+    return open_image(  # type: ignore[no-any-return]
         path, lambda image: functional.pil_to_tensor(ImageOps.exif_transpose(image).convert(mode))
     )
 
@@ -192,7 +192,7 @@ def _resized(images: Images, size: int) -> Images:
         return images
     made = f"{images.name} makes images of {images.shape[1]} x {images.shape[2]} pixels"
     check(images.drawing is None, f"{made}, which --image-size does not change")
-    return replace(images, shape=(images.shape[0], size, size), read=lambda ids: _resize(images.read(ids), size))
+    return replace(images, shape=(images.shape[0], size, size), read=lambda ids: resize(images.read(ids), size))
 
 
 def _chosen(images: Images, count: int, seed: int) -> Images:

@@ -132,23 +132,16 @@ def fid_infinity(
     """
     if isinstance(y, Tensor):
         check_sets(2, x=x, y=y)
-        y = _statistics(y)
+        y = FeatureStatistics.of(y)
     check_features("x", x, 4)
     check(x.shape[1] == y.dim, f"x must be as wide as the reference's {y.dim}, got {x.shape[1]}")
     mean, covariance = y.mean.to(x.device), y.covariance.to(x.device)
 
     def distance(part: Tensor) -> float:
-        statistics = _statistics(part)
+        statistics = FeatureStatistics.of(part)
         return frechet_distance(statistics.mean, statistics.covariance, mean, covariance)
 
     return extrapolate(distance, x, points=points, least=least, seed=seed)
-
-
-def _statistics(features: Tensor) -> FeatureStatistics:
-    statistics = FeatureStatistics(features.shape[1], features.device)
-    for part in features.split(1024):  # it keeps a copy of what it is given
-        statistics.update(part)
-    return statistics
 
 
 def _check_sets(least: int, sets: tuple[Tensor, ...]) -> None:

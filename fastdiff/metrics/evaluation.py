@@ -25,7 +25,6 @@ SPLITS = 10  # of the Inception Score
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
 NEIGHBOURS = {"k": 3, "density_k": 5}
 UNKNOWN = {"features": "unknown", "weights": "unknown", "resize": "unknown"}
-BATCH = 1024  # rows that are put into statistics at once
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ def gather(features: FeatureSet) -> FeatureSet | None:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return features
-    states = {kind: (each.count, *(t.cpu() for t in each.state()[1:])) for kind, each in features.statistics.items()}
+    states = {kind: each.state() for kind, each in features.statistics.items()}
     mine = states, features.kept, features.count
     first = distributed.get_rank() == 0
     everyone: list[Any] | None = [None] * distributed.get_world_size() if first else None
@@ -363,7 +362,7 @@ class _Evaluation:
             sets.append(self._take(self.real, metric, "rows"))
 
         def value(*rows: Tensor) -> float:
-            x, *others = map(_statistics, rows) if metric.generated == "statistics" else rows
+            x, *others = map(FeatureStatistics.of, rows) if metric.generated == "statistics" else rows
             return metric.compute(x, others[0] if others else y, self.seed)[0].value
 
         return bootstrap(value, *sets, resamples=self.confidence, method="basic", seed=self.seed)
@@ -372,13 +371,6 @@ class _Evaluation:
 def _count(y: Tensor | FeatureStatistics | None) -> int | None:
     """How many rows there were, None where there are none or nobody knows."""
     return len(y) if isinstance(y, Tensor) else (y and y.count) or None
-
-
-def _statistics(rows: Tensor) -> FeatureStatistics:
-    statistics = FeatureStatistics(rows.shape[1], rows.device)
-    for part in rows.split(BATCH):
-        statistics.update(part)
-    return statistics
 
 
 def _fid(x: FeatureStatistics, y: FeatureStatistics, seed: int) -> list[Value]:

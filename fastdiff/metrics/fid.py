@@ -61,7 +61,8 @@ class FID:
         """The distance, 0-d float64; at least 0."""
         real, fake = (self._of_all(kind) for kind in (True, False))
         warn_of_bias(fake, real)
-        distance = frechet_distance(fake.mean, fake.covariance, real.mean, real.covariance)
+        moments = (fake.mean, fake.covariance, real.mean, real.covariance)
+        distance = frechet_distance(*(moment.to(self.device) for moment in moments))
         return torch.tensor(distance, dtype=torch.float64)
 
     def reset(self) -> None:
@@ -83,7 +84,7 @@ class FID:
             return images
         fits = isinstance(images, Tensor) and images.is_floating_point()
         check(fits, f"normalize=True takes float images in [0, 1], got {getattr(images, 'dtype', type(images))}")
-        low, high = (float(v) for v in images.aminmax()) if images.numel() else (0.0, 0.0)
+        low, high = torch.stack(images.aminmax()).tolist() if images.numel() else (0.0, 0.0)
         check(low >= 0 and high <= 1, f"normalize=True takes images in [0, 1], got {low:g} to {high:g}")
         return (images * 255).to(torch.uint8)  # truncated, as torchmetrics does
 
@@ -91,12 +92,11 @@ class FID:
 def gathered(statistics: FeatureStatistics | None) -> FeatureStatistics | None:
     """The statistics of all processes, merged in the order of their ranks: the same in each. None if there are none."""
     states: list[Any] = [None] * distributed.get_world_size()
-    state = None if statistics is None else tuple(torch.as_tensor(part).cpu() for part in statistics.state())
-    distributed.all_gather_object(states, state)
-    present = [FeatureStatistics.from_state(int(count), *sums) for count, *sums in filter(None, states)]
+    distributed.all_gather_object(states, None if statistics is None else statistics.state())
+    present = [FeatureStatistics.from_state(*state) for state in filter(None, states)]
     if not present:
         return None
-    first, *others = present
+    first, *others = present  # on the CPU
     for other in others:
         first.merge(other)
     return first

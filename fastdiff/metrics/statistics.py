@@ -41,6 +41,14 @@ class FeatureStatistics:
         self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self._squares = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # on a CPU the lower half
 
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureStatistics:
+        """Those of features ``[n, dim]``, on their device."""
+        made = cls(features.shape[1], features.device)
+        for part in features.split(BLOCK):  # each is copied
+            made.update(part)
+        return made
+
     def update(self, features: Tensor) -> None:
         """Take up features ``[n, dim]`` of any real dtype, on any device.
 
@@ -98,9 +106,9 @@ class FeatureStatistics:
         return whole / (self.count - 1) if self._summed else whole
 
     def state(self) -> tuple[int, Tensor, Tensor]:
-        """``(count, mean, squares)``: what another process needs to :meth:`merge` these statistics."""
+        """``(count, mean, squares)``, on the CPU: what another process needs to :meth:`merge` these statistics."""
         self._take_up()
-        return self.count, self._mean, self._squares
+        return self.count, self._mean.cpu(), self._squares.cpu()
 
     @classmethod
     def from_state(cls, count: int, mean: Tensor, squares: Tensor) -> FeatureStatistics:

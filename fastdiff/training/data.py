@@ -136,7 +136,7 @@ def load(name: str, *, image_size: int | None = None) -> Data:
         return _folder(name, root, image_size)
     x, y, classes = _digits() if kind == "digits" else _archive(kind, root)
     if image_size is not None:
-        x = torch.cat([_resize(part, image_size) for part in x.split(1000)])  # in parts, for it may pass by float32
+        x = torch.cat([resize(part, image_size) for part in x.split(1000)])  # in parts, for it may pass by float32
     return from_tensor(name, x, y, classes)
 
 
@@ -197,7 +197,7 @@ def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def _resize(x: Tensor, size: int) -> Tensor:
+def resize(x: Tensor, size: int) -> Tensor:
     """Centre squares ``[..., C, size, size]`` of ``x`` ``[..., C, H, W]`` with the shorter side brought to ``size``."""
     from torchvision.transforms.v2 import functional
 
@@ -260,9 +260,9 @@ def _archive(name: str, root: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
 def _folder(name: str, root: Path, image_size: int | None) -> Data:
     check(root.is_dir(), f"{root} {'is a file, not a folder' if root.exists() else 'does not exist'}")
     with _reading(f"folder {root} cannot be read"):
-        paths = list(_images_below(root))
+        paths = list(images_below(root))
     check(paths, f"folder {root} holds no images ({', '.join(ENDINGS)})")
-    looks = [_open(path, lambda image: (image.mode, min(image.size))) for path in paths[:16]]
+    looks = [open_image(path, lambda image: (image.mode, min(image.size))) for path in paths[:16]]
     mode, channels = ("L", 1) if all(mode in ("1", "L") for mode, _ in looks) else ("RGB", 3)
     size = int(image_size) if image_size else max(8, looks[0][1] // 8 * 8)
     folders = [path.relative_to(root).parts[:-1] for path in paths]
@@ -270,22 +270,22 @@ def _folder(name: str, root: Path, image_size: int | None) -> Data:
     y = torch.tensor([number[parts[0]] for parts in folders]) if number else None
 
     def read(indices: Tensor) -> Tensor:
-        return torch.stack([_open(paths[i], lambda image: _square(image, mode, size)) for i in indices.tolist()])
+        return torch.stack([open_image(paths[i], lambda image: _square(image, mode, size)) for i in indices.tolist()])
 
     grey = (GREY,) * channels
     return Data(name, (channels, size, size), tuple(number), grey, grey, Source(len(paths), read, y))
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
+def images_below(folder: Path) -> Iterator[Path]:
     """The images in ``folder`` and its sub-folders, in order, without hidden ones."""
     for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
         if path.is_dir():  # perhaps a link: one to a folder that we are in would lead round in circles
-            yield from () if folder.resolve().is_relative_to(path.resolve()) else _images_below(path)
+            yield from () if folder.resolve().is_relative_to(path.resolve()) else images_below(path)
         elif path.suffix.lower() in ENDINGS:
             yield path
 
 
-def _open(path: Path, use: Callable[[Any], Any]) -> Any:
+def open_image(path: Path, use: Callable[[Any], Any]) -> Any:
     from PIL import Image
 
     with _reading(f"image {path} cannot be read"), Image.open(path) as image:
@@ -299,7 +299,7 @@ def _square(image: Any, mode: str, size: int) -> Tensor:
     from PIL import ImageOps
     from torchvision.transforms.v2 import functional
 
-    return _resize(functional.pil_to_tensor(ImageOps.exif_transpose(image).convert(mode)), size)
+    return resize(functional.pil_to_tensor(ImageOps.exif_transpose(image).convert(mode)), size)
 
 
 @contextmanager
