@@ -172,6 +172,7 @@ def test_saved_statistics_stand_for_the_images(sets, tmp_path) -> None:
     assert FeatureStatistics.load(file).count == 40
     assert run(file, file, "--out", tmp_path / "c") == 0
     assert values(tmp_path / "c") == {"fid": 0}
+    assert run(other, file, *PIXELS) == 2  # its statistics are of another extractor's features
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def test_bad_files_end_in_one_line(sets, tmp_path, capsys) -> None:
         (tmp_path / "other.npz", "digits", PIXELS, r"neither images \(arr_0\) nor statistics"),
         ("digits", tmp_path / "statistics.npz", PIXELS, r"mu \[5\] and sigma \[4, 4\]"),
         ("digits", narrow, PIXELS, "generated features are 64 wide, real ones 4"),
-        ("digits", narrow, ("--metrics", "fid,kid", *PIXELS), "kid needs .* statistics of a file have none"),
+        ("digits", narrow, ("--metrics", "fid,kid", *PIXELS), "kid needs .* a file holds statistics of pool"),
         ("digits", narrow, ("--real-count", 5, *PIXELS), "of which no 5 can be chosen"),
         (write_npz(tmp_path / "color.npz", color(4)), "digits", PIXELS, "images of 3x32x32 and 1x8x8 .*--image-size"),
         (tmp_path / "color.npz", tmp_path / "color.npz", ("--weights", weights), "is not the published file"),

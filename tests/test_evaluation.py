@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +20,6 @@ from fastdiff.metrics.evaluation import (
     check_metrics,
     collect,
     evaluate,
-    of_statistics,
     settings_of,
     share,
 )
@@ -27,7 +28,6 @@ from fastdiff.metrics.frechet import frechet_distance_from_features
 from fastdiff.metrics.inception_score import inception_score
 from fastdiff.metrics.kernel import cmmd, kid
 from fastdiff.metrics.neighbours import prdc
-from fastdiff.metrics.statistics import FeatureStatistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = list(METRICS)
@@ -245,17 +245,17 @@ def test_intervals_are_those_of_the_bootstrap(pair) -> None:
 @pytest.mark.parametrize("says_how_many", [True, False])
 def test_statistics_stand_for_real_images(pair, tmp_path, says_how_many: bool) -> None:
     generated, real = (features_of(pixels, confidence=True) for pixels in pair)
-    statistics = real.statistics["pool"]
-    statistics.save(tmp_path / "real.npz")
-    loaded = of_statistics(FeatureStatistics.load(tmp_path / "real.npz"))
+    real.save(tmp_path / "real.npz")
+    loaded = FeatureSet.load(tmp_path / "real.npz")
     if not says_how_many:
-        loaded.statistics["pool"].count = loaded.count = 0
-        loaded.statistics["pool"]._squares /= 49
-        loaded.statistics["pool"]._summed = False
-    names = ["fid", "fid_infinity"]
+        for statistics in loaded.statistics.values():
+            statistics.count = loaded.count = 0
+            statistics._squares /= 49
+            statistics._summed = False
+    names = ["fid", "sfid", "fid_infinity"]
     from_file = evaluate(generated, loaded, names)
     assert values(from_file) == pytest.approx(values(evaluate(generated, real, names)), rel=1e-9)
-    assert [r.real for r in from_file] == 2 * [50 if says_how_many else None]
+    assert [r.real for r in from_file] == 3 * [50 if says_how_many else None]
     assert from_file[0].features == Projections().settings
     x, y = Projections()(pair[0]).pool, Projections()(pair[1]).pool
     fixed = bootstrap(lambda rows: frechet_distance_from_features(rows, y), x, resamples=10, method="basic")
@@ -263,9 +263,46 @@ def test_statistics_stand_for_real_images(pair, tmp_path, says_how_many: bool) -
     assert result.interval == pytest.approx((fixed.low, fixed.high), rel=1e-6)
 
 
-def test_statistics_of_both_allow_fid(pair) -> None:
-    sets = [of_statistics(features_of(pixels).statistics["pool"]) for pixels in pair]
-    (result,) = evaluate(*sets)
+def reloaded(features: FeatureSet, path: Path) -> FeatureSet:
+    features.save(path)
+    return FeatureSet.load(path)
+
+
+def test_a_file_says_what_its_statistics_are_of(pair, tmp_path) -> None:
+    features = features_of(pair[0])
+    loaded = reloaded(features, tmp_path / "all.npz")
+    assert (loaded.settings, loaded.count, loaded.is_file) == (features.settings, 60, True)
+    other = Projections()
+    other.settings["weights"] = "seed 1"
+    with pytest.raises(InputError, match=r"'seed 1'.* and of .*'seed 0'.*one extractor"):
+        evaluate(collect([pair[1]], other), loaded)
+
+
+def test_guided_diffusions_files_have_spatial_statistics(pair, tmp_path) -> None:
+    generated, real = map(features_of, pair)
+    names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+    moments = {kind: (real.statistics[kind].mean, real.statistics[kind].covariance) for kind in names}
+    arrays = {n: m.numpy() for kind in names for n, m in zip(names[kind], moments[kind], strict=True)}
+    np.savez(tmp_path / "theirs.npz", **arrays)
+    found = values(evaluate(generated, FeatureSet.load(tmp_path / "theirs.npz"), ["fid", "sfid"]))
+    assert found == pytest.approx(values(evaluate(generated, real, ["fid", "sfid"])), rel=1e-9)
+    del arrays["sigma_s"]
+    np.savez(tmp_path / "without.npz", **arrays)
+    with pytest.raises(InputError, match="sfid needs spatial statistics .* holds statistics of pool features"):
+        evaluate(generated, FeatureSet.load(tmp_path / "without.npz"), ["sfid"])
+
+
+@pytest.mark.parametrize("settings", ["{", "[1]", np.ones(3)])
+def test_settings_that_are_none_are_refused(tmp_path, settings) -> None:
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(2), sigma=np.eye(2), settings=settings)
+    with pytest.raises(InputError, match=r"settings of .*bad.npz must be a JSON object"):
+        FeatureSet.load(tmp_path / "bad.npz")
+
+
+def test_statistics_of_both_allow_fid(pair, tmp_path) -> None:
+    for i, pixels in enumerate(pair):
+        features_of(pixels).statistics["pool"].save(tmp_path / f"{i}.npz")
+    (result,) = evaluate(*(FeatureSet.load(tmp_path / f"{i}.npz") for i in range(2)))
     assert result.value == pytest.approx(values(evaluate(*map(features_of, pair)))["fid"])
     assert (result.generated, result.real) == (60, 50)
     assert result.features == {"features": "unknown", "weights": "unknown", "resize": "unknown"}
@@ -296,11 +333,11 @@ def test_metrics_that_cannot_be_are_refused(pair, metrics, without: str, message
         evaluate(sets[0], None if without == "real" else sets[1], metrics)
 
 
-@pytest.mark.parametrize("name", [name for name in METRICS if name not in ("fid", "is", "fid_infinity")])
-def test_statistics_alone_do_not_allow_the_others(pair, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in METRICS if name not in ("fid", "sfid", "is", "fid_infinity")])
+def test_statistics_alone_do_not_allow_the_others(pair, name: str, tmp_path) -> None:
     generated, real = map(features_of, pair)
-    with pytest.raises(InputError, match=f"{name} needs .* statistics of a file have none"):
-        evaluate(generated, of_statistics(real.statistics["pool"]), [name])
+    with pytest.raises(InputError, match=f"{name} needs .* a file holds statistics of pool and spatial features"):
+        evaluate(generated, reloaded(real, tmp_path / "real.npz"), [name])
 
 
 def test_intervals_need_what_they_resample(pair) -> None:

@@ -28,7 +28,7 @@ def eval_(
     given: dict[str, Any],
     generated: Annotated[str, typer.Argument(metavar="A", help=f"what is judged: {HELP}")],
     real: Annotated[str | None, typer.Argument(metavar="B", help="what it is compared with")] = None,
-    save_statistics: Annotated[Path | None, typer.Option(help="an .npz for mu and sigma of B, or of A alone")] = None,
+    save_statistics: Annotated[Path | None, typer.Option(help="an .npz for the statistics of B, or of A alone")] = None,
     out: OutDir = None,
     processes: Annotated[int, typer.Option(help="that share the images; torchrun may start them instead")] = 1,
     device: DeviceName = "auto",
@@ -54,7 +54,7 @@ def eval_(
     if place is not None:
         _write(place, request, report, seconds)
     if save_statistics is not None:
-        report.statistics.save(save_statistics)
+        report.features.save(save_statistics)
 
 
 def _place(generated: Path) -> Path | None:

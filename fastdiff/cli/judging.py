@@ -24,16 +24,15 @@ from fastdiff.metrics.evaluation import (
     Pixels,
     Result,
     check_metrics,
+    check_pair,
     check_seed,
     collect,
     evaluate,
     gather,
-    of_statistics,
     settings_of,
 )
 from fastdiff.metrics.features import Extractor, extract
 from fastdiff.metrics.inception import Inception
-from fastdiff.metrics.statistics import FeatureStatistics
 from fastdiff.training.run import load_classifier
 from fastdiff.training.trainer import option
 
@@ -105,10 +104,10 @@ class Point(NamedTuple):
 
 
 class Report(NamedTuple):
-    """One point or a curve; the pool statistics of B, or of A where it is alone; how A was sampled, if it was."""
+    """One point or a curve; the features of B, or of A where it is alone; how A was sampled, if it was."""
 
     points: list[Point]
-    statistics: FeatureStatistics
+    features: FeatureSet
     sampling: SampleConfig | None
 
 
@@ -129,15 +128,16 @@ class _Judge:
 
     def report(self) -> Report | None:
         real = None if self.real is None else self._features(self.real)
-        if real is not None and isinstance(self.real, Images) and self.real.statistics and self._uses_inception():
-            real.statistics["pool"] = self.real.statistics  # of more images than the file holds, perhaps
+        of_file = getattr(self.real, "statistics", None)  # of more images than the file holds, perhaps
+        if real is not None and isinstance(of_file, FeatureSet) and self._may_be_of(of_file):
+            real.statistics |= of_file.statistics
         points = []
         for at, features in self._points():
             points.append(Point(at, together(partial(self._results, features, real))))
-            statistics = real or features
+            judged = real or features
         drawing = getattr(self.generated, "drawing", None)
         settings = drawing.config if drawing else None
-        return Report(points, statistics.statistics["pool"], settings) if statistics else None
+        return Report(points, judged, settings) if judged else None
 
     # ---- what there is ----
 
@@ -162,7 +162,7 @@ class _Judge:
         """What a source's features will be."""
         if source is None:
             return None
-        return of_statistics(source) if isinstance(source, FeatureStatistics) else FeatureSet({}, self.metrics)
+        return source if isinstance(source, FeatureSet) else FeatureSet({}, self.metrics)
 
     def _variants(self) -> list[tuple[dict[str, int], Source]]:
         """A, or of a curve over steps A with each number of them."""
@@ -175,8 +175,10 @@ class _Judge:
         every = [replace(config, steps=n) for n in self.config.step_numbers()]
         return [({"steps": each.steps}, drawn(self.request.generated, Drawing(run, each))) for each in every]
 
-    def _uses_inception(self) -> bool:
-        return self.config.features in (None, "inception")
+    def _may_be_of(self, file: FeatureSet) -> bool:
+        """Whether a file's statistics are of our extractor's features; of Inception's, where it does not say."""
+        known = bool(file.settings) or self.config.features in (None, "inception")
+        return known and file.is_of(settings_of(self.extractor))
 
     def _extractor(self) -> Extractor:
         seen = [source for source in (self.generated, self.real) if isinstance(source, Images)]
@@ -184,7 +186,11 @@ class _Judge:
             return Pixels()  # which nobody will ask
         extractor = make_extractor(self.config, seen[0], self.device)
         black = torch.zeros(1, *seen[0].shape, dtype=torch.uint8, device=self.device)
-        self._set(extractor).update(extract(extractor, black))  # what does not fit is said before the work
+        trial = self._set(extractor)
+        trial.update(extract(extractor, black))  # what does not fit is said before the work
+        for file in (self.generated, self.real):
+            if isinstance(file, FeatureSet):
+                check_pair(trial, file)
         return extractor
 
     # ---- looking at images ----
@@ -194,8 +200,8 @@ class _Judge:
 
     def _features(self, source: Source) -> FeatureSet | None:
         """All of a source's features in the first process, None in the others."""
-        if isinstance(source, FeatureStatistics):
-            return None if rank() else of_statistics(source)
+        if isinstance(source, FeatureSet):
+            return None if rank() else source
         images = (source.read(ids).to(self.device) for ids in self._ids(source))
         confidence = self.config.confidence > 0
         return gather(together(lambda: collect(images, self.extractor, self.metrics, confidence=confidence)))

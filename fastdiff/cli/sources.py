@@ -13,8 +13,8 @@ from torch import Tensor
 from fastdiff.cli.drawing import Drawing
 from fastdiff.cli.sample import SampleConfig
 from fastdiff.errors import check
-from fastdiff.metrics.evaluation import share
-from fastdiff.metrics.statistics import FeatureStatistics, read_arrays
+from fastdiff.metrics.evaluation import STATISTICS, FeatureSet, share
+from fastdiff.metrics.statistics import read_arrays
 from fastdiff.training import checkpoint
 from fastdiff.training.data import ENDINGS, NAMES, Data, images_below, load, open_image, resize
 from fastdiff.training.run import load_run
@@ -30,7 +30,7 @@ class Images:
 
     Attributes:
         name: what was asked for.
-        statistics: of Inception's features of all images that these are some of, where a file holds them.
+        statistics: of features of all images that these are some of, where a file holds them.
         drawing: what draws them, where they are a run's samples.
     """
 
@@ -38,7 +38,7 @@ class Images:
     count: int
     shape: tuple[int, ...]
     read: Callable[[Tensor], Tensor]
-    statistics: FeatureStatistics | None = None
+    statistics: FeatureSet | None = None
     drawing: Drawing | None = None
 
     def ids(self, batch: int, rank: int, processes: int) -> Iterator[Tensor]:
@@ -47,7 +47,7 @@ class Images:
         yield from torch.arange(mine.start, mine.stop).split(batch) if mine else ()
 
 
-Source = Images | FeatureStatistics
+Source = Images | FeatureSet
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def open_source(name: str, wanted: Wanted) -> Source:
         InputError: nothing of the kind there, damaged, points, fewer images than two or than are wanted.
     """
     found = _find(name, wanted)
-    if isinstance(found, FeatureStatistics):
+    if isinstance(found, FeatureSet):
         check(wanted.count is None, f"{name} holds statistics of images, of which no {wanted.count} can be chosen")
         return found
     if wanted.image_size:
@@ -129,8 +129,8 @@ def drawn(name: str, drawing: Drawing) -> Images:
 
 
 def _archive(path: Path) -> Source:
-    arrays = read_arrays(path, (), ("arr_0", "mu", "sigma"))
-    statistics = FeatureStatistics.load(path) if {"mu", "sigma"} <= arrays.keys() else None
+    arrays = read_arrays(path, (), ("arr_0", *STATISTICS))
+    statistics = FeatureSet.from_arrays(path, arrays) if {"mu", "sigma"} <= arrays.keys() else None
     if "arr_0" not in arrays:
         check(statistics, f"{path} holds neither images (arr_0) nor statistics (mu and sigma)")
         return statistics  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 from fastdiff.metrics.confidence import bootstrap, extrapolate, fid_infinity
 from fastdiff.metrics.energy import energy_distance
-from fastdiff.metrics.evaluation import collect, evaluate
+from fastdiff.metrics.evaluation import FeatureSet, collect, evaluate
 from fastdiff.metrics.features import Features, to_uint8
 from fastdiff.metrics.fid import FID
 from fastdiff.metrics.frechet import frechet_distance, frechet_distance_from_features, sqrtm_psd
@@ -14,6 +14,7 @@ from fastdiff.metrics.statistics import FeatureStatistics
 
 __all__ = [
     "FID",
+    "FeatureSet",
     "FeatureStatistics",
     "Features",
     "Inception",

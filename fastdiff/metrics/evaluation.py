@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
@@ -18,12 +21,14 @@ from fastdiff.metrics.frechet import frechet_distance
 from fastdiff.metrics.inception_score import inception_score
 from fastdiff.metrics.kernel import KernelDistance, cmmd, kid
 from fastdiff.metrics.neighbours import prdc
-from fastdiff.metrics.statistics import FeatureStatistics
+from fastdiff.metrics.statistics import FeatureStatistics, read_arrays, write_arrays
 
 CMMD_SIGMA = 10.0
 SPLITS = 10  # of the Inception Score
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
 NEIGHBOURS = {"k": 3, "density_k": 5}
+SUFFIXES = {"pool": "", "spatial": "_s"}  # of arrays in files of statistics, as guided-diffusion names them
+STATISTICS = tuple(name + suffix for suffix in SUFFIXES.values() for name in ("mu", "sigma", "count")) + ("settings",)
 UNKNOWN = {"features": "unknown", "weights": "unknown", "resize": "unknown"}
 
 
@@ -134,18 +139,51 @@ class FeatureSet:
     @property
     def is_file(self) -> bool:
         """Whether these are statistics of a file, without images."""
-        return not self.settings
+        return not self.metrics
 
     @property
     def why_not(self) -> str:
         """Why features are missing."""
         if self.is_file:
-            return "statistics of a file have none, fid and (for real images) fid_infinity do without"
+            return f"a file holds statistics of {' and '.join(self.statistics)} features, and none themselves"
         return "they were not kept, name the metrics (and confidence) when you collect them"
 
     def has(self, kind: str, form: str) -> bool:
         """Whether a kind of features is here, as ``rows`` or ``statistics``, or will be after :meth:`update`."""
-        return kind in self._kinds(form)
+        return kind in (self.statistics if self.is_file and form == "statistics" else self._kinds(form))
+
+    def is_of(self, settings: dict[str, Any]) -> bool:
+        """Whether these features may come from an extractor of these settings; those of some files are unknown."""
+        one, other = (json.dumps(each, sort_keys=True) for each in (self.settings, settings))
+        return one == other or not self.settings or not settings
+
+    def save(self, path: Path | str) -> None:
+        """Write the statistics: an ``.npz`` that pytorch-fid, EDM and guided-diffusion read, and the settings.
+
+        ``mu``, ``sigma`` and ``count`` of pool features, ``mu_s`` and ``sigma_s`` of spatial ones.
+
+        Raises:
+            InputError: fewer than two images.
+        """
+        arrays = {"settings": np.str_(json.dumps(self.settings))}
+        for kind, suffix in SUFFIXES.items():
+            if kind in self.statistics:
+                arrays |= self.statistics[kind].arrays(suffix)
+        write_arrays(Path(path), arrays)
+
+    @classmethod
+    def load(cls, path: Path | str) -> FeatureSet:
+        """What :meth:`save`, pytorch-fid, EDM or guided-diffusion wrote; raises as :meth:`FeatureStatistics.load`."""
+        return cls.from_arrays(path, read_arrays(Path(path), ("mu", "sigma"), STATISTICS))
+
+    @classmethod
+    def from_arrays(cls, path: Path | str, arrays: dict[str, Any]) -> FeatureSet:
+        """The same from arrays that were found in ``path``, some of :data:`STATISTICS`."""
+        kinds = {
+            kind: suffix for kind, suffix in SUFFIXES.items() if {f"mu{suffix}", f"sigma{suffix}"} <= arrays.keys()
+        }
+        statistics = {kind: FeatureStatistics.from_arrays(path, arrays, suffix) for kind, suffix in kinds.items()}
+        return cls(_settings_of(path, arrays), (), count=statistics["pool"].count, statistics=statistics)
 
     def merge(self, other: FeatureSet) -> None:
         """Take up what another one has seen, after what is here."""
@@ -174,9 +212,13 @@ class FeatureSet:
         raise InputError(f"{', '.join(names)} needs {kind}, which the extractor does not give")
 
 
-def of_statistics(statistics: FeatureStatistics) -> FeatureSet:
-    """A set of which only the statistics are known, as :meth:`FeatureStatistics.load` reads them."""
-    return FeatureSet({}, (), count=statistics.count, statistics={"pool": statistics})
+def _settings_of(path: Path | str, arrays: dict[str, Any]) -> dict[str, Any]:
+    try:
+        settings = json.loads(str(arrays.get("settings", "{}")))
+    except ValueError:
+        settings = None
+    check(isinstance(settings, dict), f"settings of {path} must be a JSON object")
+    return settings  # type: ignore[no-any-return]
 
 
 def collect(
@@ -259,8 +301,8 @@ def evaluate(
     """The metrics of generated images, compared with real ones.
 
     Args:
-        generated, real: from :func:`collect`; or real ones from :func:`of_statistics` for ``fid`` and
-            ``fid_infinity``, and both for ``fid``. ``is`` needs no real ones.
+        generated, real: from :func:`collect`; or real ones from :meth:`FeatureSet.load` for ``fid``, ``sfid`` and
+            ``fid_infinity``, and both for ``fid`` and ``sfid``. ``is`` needs no real ones.
         metrics: names in :data:`METRICS`. All but ``sfid`` and ``is`` are of any ``pool`` features; the results say of
             which.
         seed: of subsets, orders and resamples.
@@ -279,7 +321,7 @@ def evaluate(
     check(enough, f"at least 2 generated images are needed, there were {generated.count}")
     compared = [METRICS[name] for name in metrics if METRICS[name].real]
     if real is not None and compared:
-        _check_pair(generated, real)
+        check_pair(generated, real)
     evaluation = _Evaluation(generated, real, seed, confidence, torch.device(device))
     return [result for name in metrics for result in evaluation.results(METRICS[name])]
 
@@ -306,13 +348,13 @@ def check_seed(seed: int) -> None:
     check(whole, f"seed must be a whole number in 0...2**32-1, got {seed!r}")
 
 
-def _check_pair(generated: FeatureSet, real: FeatureSet) -> None:
+def check_pair(generated: FeatureSet, real: FeatureSet) -> None:
+    """Raise :class:`InputError` where these cannot be compared: no two real images, or two extractors."""
     check(real.count > 1 or real.is_file, f"at least 2 real images are needed, there were {real.count}")
     widths = [each.statistics["pool"].dim for each in (generated, real)]
     one = "both must come from one extractor"
     check(widths[0] == widths[1], f"generated features are {widths[0]} wide, real ones {widths[1]}: {one}")
-    equal = generated.settings == real.settings or generated.is_file or real.is_file
-    check(equal, f"features of {generated.settings} and of {real.settings}: {one}")
+    check(generated.is_of(real.settings), f"features of {generated.settings} and of {real.settings}: {one}")
 
 
 @dataclass(frozen=True)

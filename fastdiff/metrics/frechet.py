@@ -121,7 +121,7 @@ def _centred_factor(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean, and R ``[r, d]`` with R^T R the covariance (n - 1 in the denominator)."""
     x = x.double()
     mean = x.mean(0)
-    centred = (x - mean) / (len(x) - 1) ** 0.5
+    centred = (x - mean).div_((len(x) - 1) ** 0.5)
     return mean, centred if len(x) <= x.shape[1] else torch.linalg.qr(centred, mode="r")[1]
 
 
