@@ -288,7 +288,7 @@ def test_guided_diffusions_files_have_spatial_statistics(pair, tmp_path) -> None
     assert found == pytest.approx(values(evaluate(generated, real, ["fid", "sfid"])), rel=1e-9)
     del arrays["sigma_s"]
     np.savez(tmp_path / "without.npz", **arrays)
-    with pytest.raises(InputError, match="sfid needs spatial statistics .* holds statistics of pool features"):
+    with pytest.raises(InputError, match=r"sfid needs spatial statistics .* holds statistics of pool features"):
         evaluate(generated, FeatureSet.load(tmp_path / "without.npz"), ["sfid"])
 
 

@@ -28,7 +28,7 @@ SPLITS = 10  # of the Inception Score
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
 NEIGHBOURS = {"k": 3, "density_k": 5}
 SUFFIXES = {"pool": "", "spatial": "_s"}  # of arrays in files of statistics, as guided-diffusion names them
-STATISTICS = tuple(name + suffix for suffix in SUFFIXES.values() for name in ("mu", "sigma", "count")) + ("settings",)
+STATISTICS = ("settings", *(name + suffix for suffix in SUFFIXES.values() for name in ("mu", "sigma", "count")))
 UNKNOWN = {"features": "unknown", "weights": "unknown", "resize": "unknown"}
 
 
@@ -179,9 +179,7 @@ class FeatureSet:
     @classmethod
     def from_arrays(cls, path: Path | str, arrays: dict[str, Any]) -> FeatureSet:
         """The same from arrays that were found in ``path``, some of :data:`STATISTICS`."""
-        kinds = {
-            kind: suffix for kind, suffix in SUFFIXES.items() if {f"mu{suffix}", f"sigma{suffix}"} <= arrays.keys()
-        }
+        kinds = {kind: s for kind, s in SUFFIXES.items() if {f"mu{s}", f"sigma{s}"} <= arrays.keys()}
         statistics = {kind: FeatureStatistics.from_arrays(path, arrays, suffix) for kind, suffix in kinds.items()}
         return cls(_settings_of(path, arrays), (), count=statistics["pool"].count, statistics=statistics)
 
