@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,14 +14,23 @@ from fastdiff import likelihood, ops
 from fastdiff import noise as noises
 from fastdiff.errors import InputError, check, choose
 from fastdiff.likelihood import Likelihood, LogLikelihood, finite_x0, spread
+from fastdiff.losses import (
+    HYBRID_WEIGHT,
+    Tables,
+    bound,
+    brought,
+    check_says_x0,
+    decoder_of_variance,
+    timestep_words,
+    visible,
+)
+from fastdiff.losses import LOSSES as LOSSES
 from fastdiff.ops import row as rows
 from fastdiff.ops.checks import check_clip, check_floating, check_same
 from fastdiff.ops.step import VARIANCES
 from fastdiff.schedule import Schedule
 
-LOSSES = ("simple", "vlb", "hybrid", "min_snr", "snr_sample")
-HYBRID_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021, eq. 16
-MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
+LEVELS = ("alpha", "sigma")
 Model = Callable[..., Any]
 
 
@@ -38,7 +46,8 @@ class Diffusion:
             of the two, Nichol & Dhariwal 2021, eq. 15).
 
     Timesteps ``t`` are int64 ``[N]``, 0 ... T-1; ``t = 0`` is one noising step.
-    Every method raises :class:`~fastdiff.errors.InputError` for what does not fit.
+    Every method raises :class:`~fastdiff.errors.InputError` for what does not fit. :meth:`add_noise`,
+    :meth:`draw_timesteps`, :meth:`loss` and :meth:`losses` do not wait for a GPU, and so do not look at values there.
     """
 
     schedule: Schedule
@@ -64,8 +73,9 @@ class Diffusion:
         """
         check_floating("x0", x0)
         check_same("x_t", x_t, x0)
-        a, b, variance = rows.posterior(*self._steps(t, x0))
-        log_variance = self._table[t.cpu(), likelihood.LETTERS.index("lo")]
+        t = self._checked(t, x0)
+        a, b, variance = rows.posterior(*self._steps(t))
+        log_variance = self._at("letters", t)[likelihood.LETTERS.index("lo")]
         mean = spread(a, x0) * x_t + spread(b, x0) * x0
         return mean, spread(variance, x0), spread(log_variance, x0)
 
@@ -96,12 +106,13 @@ class Diffusion:
         return spread(f, x0) * x0 + spread(g, x0) * noise
 
     def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is given: ``c_in x_t`` and the time it understands, ``[N]``."""
-        self._check_t(t, x_t)
-        times = self.schedule.c_noise[t.cpu()].to(x_t.device)
-        return spread(self.schedule.c_in[t.cpu()], x_t) * x_t, times.to(
-            x_t.dtype
-        ) if times.is_floating_point() else times
+        """What the network is given: ``c_in x_t``, x_t itself where c_in is 1, and the time it understands, ``[N]``."""
+        return self._input(x_t, self._checked(t, x_t))
+
+    def _input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        times = self._at("c_noise", t)
+        times = times.to(x_t.dtype) if times.is_floating_point() else times
+        return spread(self._at("c_in", t), x_t) * x_t if self._scaled else x_t, times
 
     def check_output(self, out: Tensor, x_t: Tensor) -> None:
         """Raise unless a network output has the channels that this prediction and variance ask for."""
@@ -140,58 +151,76 @@ class Diffusion:
             decoder: of t = 0 in the bound, as in :meth:`bits_per_dim`.
             seed, step, sample: address of t and noise, see :mod:`fastdiff.noise`.
         """
+        where: dict[str, Any] = {"seed": seed, "step": step, "sample": sample}
+        return self.losses(model, x0, t, kind=kind, decoder=decoder, **where, **cond).mean()
+
+    def losses(
+        self,
+        model: Model,
+        x0: Tensor,
+        t: Tensor | None = None,
+        *,
+        kind: str = "simple",
+        decoder: str = "discrete",
+        seed: int = 0,
+        step: int = 0,
+        sample: Sequence[int] | Tensor | None = None,
+        **cond: Any,
+    ) -> Tensor:
+        """The loss of each sample, ``[N]``, float32 (float64 for float64), of which :meth:`loss` is the mean."""
         choose("loss", kind, LOSSES)
         check_floating("x0", x0)
-        check(len(x0) > 0 and bool(torch.isfinite(x0).all()), "x0 is empty or holds NaN or infinite values")
-        if t is None:
-            t = self.draw_timesteps(len(x0), seed=seed, step=step, sample=sample)
-        alpha, sigma = self._levels(t, x0)
-        if kind in ("vlb", "hybrid"):
-            likelihood.check_decoder(decoder, x0[t.to(x0.device) == 0])
-        x_t = ops.add_noise(x0, alpha, sigma, seed=seed, step=step, sample=sample)
-        out = self._evaluate(model, x_t, t, cond)
+        t = self._timesteps(x0, t, seed, step, sample)
+        where: dict[str, Any] = {"seed": seed, "step": step, "sample": sample}
+        alpha, sigma, f, g, weight = self._at(kind, t)
+        if kind == "snr_sample":
+            check_says_x0(weight)
+        letters = self._letters(x0, t, decoder) if kind in ("vlb", "hybrid") else None
+        x_t = ops.add_noise(x0, alpha, sigma, **where)
+        # The bound asks for x_t again, and a network may write to what it is given.
+        out = self._evaluate(model, x_t if letters is None else x_t.clone(), t, cond)
+        if letters is None:
+            return ops.diffusion_loss(out, x0, f, g, weight, **where)
+        terms = out, x0, x_t, letters.T[:, :-1], t == 0, decoder
         if kind == "vlb":
-            return len(self.schedule) * self._vlb_terms(out, x0, x_t, t, decoder).mean()
-        weight = self._weight(kind, t).to(x0.device)
-        f, g = rows.target(self.prediction, alpha, sigma)
-        scale = HYBRID_WEIGHT * len(self.schedule)
-        learned = kind == "hybrid" and self.variance == "learned_range"
-        bound = self._bound(t, x0, scale) if learned else None
-        loss = ops.diffusion_loss(out, x0, f, g, weight, bound=bound, seed=seed, step=step, sample=sample).mean()
-        if kind == "hybrid":
-            # What the op does not know: the decoder, and a bound that trains nothing.
-            rest = (t == 0).to(x0.device) if learned else torch.ones_like(t, dtype=torch.bool, device=x0.device)
-            prediction, fractions = out[rest].tensor_split([x0.shape[1]], 1)
-            decoded = torch.cat((prediction.detach(), fractions), 1)
-            terms = self._vlb_terms(decoded, x0[rest], x_t[rest], t[rest.to(t.device)], decoder)
-            loss = loss + scale * terms.sum() / len(x0)
-        return loss
+            return len(self.schedule) * bound(*terms)
+        learned = self.variance == "learned_range"
+        loss = ops.diffusion_loss(out, x0, f, g, weight, bound=letters.T if learned else None, **where)
+        # What the op does not know: the decoder, and a bound that trains nothing.
+        rest = decoder_of_variance(*terms) if learned else bound(out.detach(), *terms[1:])
+        return loss + HYBRID_WEIGHT * len(self.schedule) * rest
 
-    def _bound(self, t: Tensor, x0: Tensor, scale: float) -> Tensor:
-        """What the hybrid objective needs of each timestep: the bound in bits, ``scale`` times, nothing at t = 0."""
-        weight = (t.cpu() != 0).double() * (scale / math.log(2))
-        return torch.cat((likelihood.letters_at(self._table, t), weight[:, None]), 1).to(x0.device)
+    def _timesteps(
+        self, x0: Tensor, t: Tensor | None, seed: int, step: int, sample: Sequence[int] | Tensor | None
+    ) -> Tensor:
+        """Timesteps of the data, beside them; raises for data that cannot be trained on."""
+        finite = len(x0) > 0 and (not visible(x0) or bool(torch.isfinite(x0).all()))
+        check(finite, "x0 is empty or holds NaN or infinite values")
+        if t is None:
+            return self.draw_timesteps(len(x0), seed=seed, step=step, sample=sample, device=x0.device)
+        return self._checked(t, x0)
+
+    def _letters(self, x0: Tensor, t: Tensor, decoder: str) -> Tensor:
+        """What the bound needs of each timestep, ``[8, N]``."""
+        choose("decoder", decoder, likelihood.DECODERS)
+        if visible(x0):
+            likelihood.check_decoder(decoder, x0[t == 0])
+        letters = self._at("letters", t)
+        check_says_x0(letters[2:4])
+        return letters
 
     def draw_timesteps(
-        self, count: int, *, seed: int, step: int, sample: Sequence[int] | Tensor | None = None
+        self,
+        count: int,
+        *,
+        seed: int,
+        step: int,
+        sample: Sequence[int] | Tensor | None = None,
+        device: torch.device | str | None = None,
     ) -> Tensor:
         """Uniform timesteps, int64 ``[count]``, the same for (seed, step, sample) wherever they are drawn."""
-        words = noises.uniform_words(count, seed=seed, step=step, sample=sample, stream=noises.Stream.TIMESTEP)
+        words = timestep_words(count, seed=seed, step=step, sample=sample, device=device)
         return words * len(self.schedule) >> 32
-
-    def _weight(self, kind: str, t: Tensor) -> Tensor:
-        """Weight of the squared error in the network's own output, float64 ``[N]``."""
-        alpha, sigma = self.schedule.alpha[t.cpu()], self.schedule.sigma[t.cpu()]
-        if kind in ("simple", "hybrid"):
-            return torch.ones_like(alpha)
-        snr = (alpha / sigma) ** 2
-        if kind == "min_snr" and self.prediction == "epsilon":
-            return (MIN_SNR_GAMMA / snr).clamp(max=1)  # min(SNR, gamma) / SNR, with its limit 1 at SNR = 0
-        _, q = finite_x0(self.prediction, alpha, sigma)
-        if kind == "min_snr":
-            return snr.clamp(max=MIN_SNR_GAMMA) * q**2
-        previous = self.schedule.snr[(t.cpu() - 1).clamp(min=0)]
-        return torch.where(t.cpu() == 0, snr, previous - snr) / 2 * q**2
 
     # ---- likelihood -------------------------------------------------------------------------
 
@@ -228,7 +257,8 @@ class Diffusion:
         check(bool(torch.isfinite(x0).all()), "x0 holds NaN or infinite values")
         likelihood.check_decoder(decoder, x0)
         check_clip(clip)
-        table = likelihood.letters_at(self._table, torch.arange(len(self.schedule)))
+        table = likelihood.bound_table(self.schedule, self.prediction, self.variance)
+        table = likelihood.letters_at(table, torch.arange(len(table)))
         how: dict[str, Any] = {"decoder": decoder, "clip": clip, "seed": seed, "sample": sample, "batch": batch}
         return likelihood.variational_bound(self._inference(model), x0, self.schedule, table, cond=cond, **how)
 
@@ -302,45 +332,43 @@ class Diffusion:
 
         return ask
 
-    def _vlb_terms(self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, decoder: str) -> Tensor:
-        """The term of the bound at each sample's t, bits per dimension ``[N]``."""
-        letters, first = (v.to(x0.device) for v in (likelihood.letters_at(self._table, t), t == 0))
-        return likelihood.bound_terms(out, x0, x_t, letters, first, decoder)
-
     # ---- tables -----------------------------------------------------------------------------
 
     @cached_property
-    def _table(self) -> Tensor:
-        return likelihood.bound_table(self.schedule, self.prediction, self.variance)
+    def _at(self) -> Tables:
+        return Tables(self.schedule, self.prediction, self.variance)
+
+    @cached_property
+    def _scaled(self) -> bool:
+        return bool((self.schedule.c_in != 1).any())
 
     def _levels(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha, sigma at t, float64 on x's device."""
-        self._check_t(t, x)
-        at = t.cpu()
-        return self.schedule.alpha[at].to(x.device), self.schedule.sigma[at].to(x.device)
+        t = self._checked(t, x)
+        return self._at("alpha", t), self._at("sigma", t)
 
-    def _steps(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """alpha, sigma at t and at t-1 (clean for t = 0), float64 on x's device."""
-        alpha, sigma = self._levels(t, x)
-        before = (t - 1).clamp(min=0).to(x.device)
-        alpha_next, sigma_next = self._levels(before, x)
-        clean = t.to(x.device) == 0
-        return alpha, sigma, torch.where(clean, 1.0, alpha_next), torch.where(clean, 0.0, sigma_next)
+    def _steps(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """alpha, sigma at t and at t-1 (clean for t = 0), float64."""
+        alpha, sigma, *following = (self._at(name, at) for at in (t, (t - 1).clamp(min=0)) for name in LEVELS)
+        alpha_next, sigma_next = (v.masked_fill(t == 0, clean) for v, clean in zip(following, (1.0, 0.0), strict=True))
+        return alpha, sigma, alpha_next, sigma_next
 
-    def _check_t(self, t: Tensor, x: Tensor) -> None:
+    def _checked(self, t: Tensor, x: Tensor) -> Tensor:
+        """t on x's device."""
         if not isinstance(t, Tensor):
             raise InputError(f"t must be an int64 tensor [N], got {type(t).__name__}")
-        check(t.dtype == torch.int64, f"t must be int64, got {t.dtype}")
-        check(t.shape == x.shape[:1], f"t must hold one timestep per sample ({len(x)}), got {list(t.shape)}")
-        if t.numel():
-            low, high = int(t.min()), int(t.max())
-            check(
-                low >= 0 and high < len(self.schedule),
-                f"t must lie in 0...{len(self.schedule) - 1}, got {low} to {high}",
-            )
+        if t.dtype != torch.int64:
+            raise InputError(f"t must be int64, got {t.dtype}")
+        if t.shape != x.shape[:1]:
+            raise InputError(f"t must hold one timestep per sample ({len(x)}), got {list(t.shape)}")
+        if visible(t) and t.numel():
+            low, high = map(int, t.aminmax())
+            if low < 0 or high >= len(self.schedule):
+                raise InputError(f"t must lie in 0...{len(self.schedule) - 1}, got {low} to {high}")
+        return brought(t, x.device)
 
     def _evaluate(self, model: Model, x_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-        x_in, times = self.model_input(x_t, t)
+        x_in, times = self._input(x_t, t)
         out = network_output(model(x_in, times, **cond))
         self.check_output(out, x_t)
         return out

@@ -39,6 +39,7 @@ class Stream(IntEnum):
     KNOWN = 8  #: forward noising of what is known in inpainting; step = row of the solver table
     PROBE = 9  #: the vectors of Hutchinson's estimate in log_likelihood; step = question to the network
     DEQUANTIZATION = 10  #: the uniform noise of bytes in log_likelihood; step = 0
+    AUGMENT = 11  #: how a training image is augmented; step = training step, sample = position in the batch
 
 
 class Address(NamedTuple):

@@ -1,0 +1,96 @@
+"""Proves that losses and drawn timesteps do not wait for a GPU: on fake CUDA tensors, and on a CPU nobody looks at."""
+
+import pytest
+import torch
+from diffusion_tools import (
+    EARLY,
+    SCHEDULES,
+    OnGPU,
+    every_kind,
+    every_prediction,
+    every_variance,
+    largest,
+    process_of,
+    randn,
+)
+from graph_tools import Tape
+from torch._subclasses import FakeTensorMode
+
+import fastdiff as fd
+from fastdiff.losses import brought
+
+
+@pytest.fixture
+def blind(monkeypatch):
+    """The CPU as a device whose values nobody looks at."""
+    for place in ("losses", "diffusion"):
+        monkeypatch.setattr(f"fastdiff.{place}.visible", lambda x: False)
+
+
+def losses_and_gradient(diffusion, **options):
+    x0 = randn((6, 2, 3), 0).clamp(-1, 1)
+    out = randn((6, 4 if diffusion.variance == "learned_range" else 2, 3), 1).requires_grad_()
+    losses = diffusion.losses(lambda x, t: out, x0, EARLY, seed=1, step=2, **options)
+    (gradient,) = torch.autograd.grad(losses.sum(), out, allow_unused=True, materialize_grads=True)
+    return losses, gradient
+
+
+@every_kind
+@every_variance
+@pytest.mark.parametrize("decoder", ["discrete", "gaussian"])
+def test_not_looking_changes_no_loss(kind, variance, decoder, monkeypatch, request):
+    monkeypatch.setattr("fastdiff.ops.reference.draw", lambda shape, *_: randn(shape, 7))
+    diffusion = fd.Diffusion(SCHEDULES["cosine"], "epsilon", variance)
+    with fd.backend("reference"):
+        seen = losses_and_gradient(diffusion, kind=kind, decoder=decoder)
+        request.getfixturevalue("blind")
+        with Tape():
+            unseen = losses_and_gradient(diffusion, kind=kind, decoder=decoder)
+    for a, b in zip(seen, unseen, strict=True):
+        assert largest(a - b) <= 1e-13 * largest(a)
+
+
+@every_kind
+@every_variance
+@every_prediction
+def test_losses_do_not_wait_for_a_gpu(kind, variance, prediction, monkeypatch):
+    monkeypatch.setattr("fastdiff.ops.reference.draw", lambda shape, _, device: torch.zeros(shape, device=device))
+    schedule = fd.Schedule.edm(100) if prediction == "sample" else process_of(prediction)
+    diffusion, channels = fd.Diffusion(schedule, prediction, variance), 4 if variance == "learned_range" else 2
+    diffusion.model_input(torch.zeros(1, 2), torch.tensor([0]))  # looks at the schedule, once
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x0, t = torch.zeros(6, 2, 3, device="cuda"), torch.zeros(6, dtype=torch.int64, device="cuda")
+        out = torch.zeros(6, channels, 3, device="cuda", requires_grad=True)
+        for guard in (torch.no_grad(), OnGPU()):  # tables come once
+            with guard, torch.enable_grad():
+                losses = diffusion.losses(lambda x, t: out, x0, t, kind=kind)
+                diffusion.add_noise(x0, x0, t)
+        assert losses.device.type == "cuda"
+        assert losses.shape == (6,)
+
+
+def test_timesteps_are_drawn_on_the_device():
+    diffusion = fd.Diffusion(SCHEDULES["linear"])
+    with FakeTensorMode():
+        ids = torch.zeros(6, dtype=torch.int64, device="cuda")
+        with OnGPU():
+            t = diffusion.draw_timesteps(6, seed=3, step=1, sample=ids, device="cuda")
+    assert t.device.type == "cuda"
+
+
+def test_timesteps_are_the_same_where_numbers_are_made_on_the_device(request):
+    diffusion, place = fd.Diffusion(SCHEDULES["linear"]), {"seed": -3, "step": 2**32 - 1, "sample": torch.arange(50)}
+    seen = diffusion.draw_timesteps(50, **place)
+    request.getfixturevalue("blind")
+    assert torch.equal(diffusion.draw_timesteps(50, **place), seen)
+
+
+def test_what_comes_from_the_host_comes_through_pinned_memory(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    with FakeTensorMode(), Tape() as tape:
+        x = brought(torch.zeros(3), torch.device("cuda"))
+        brought(x, torch.device("cuda"))
+    assert x.device.type == "cuda"
+    assert len(pinned) == 1
+    assert [kwargs["non_blocking"] for func, _, kwargs, _ in tape.calls if "_to_copy" in str(func)] == [True]
