@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 from fastdiff import guidance, metrics, noise, ops
 from fastdiff.diffusion import Diffusion
 from fastdiff.errors import InputError
+from fastdiff.learned_schedule import LearnedSchedule
 from fastdiff.models import MLP, Classifier, UNet
 from fastdiff.ops import backend, explain
 from fastdiff.sampler import Recorder, Sampler
@@ -21,6 +22,7 @@ __all__ = [
     "Classifier",
     "Diffusion",
     "InputError",
+    "LearnedSchedule",
     "Recorder",
     "Sampler",
     "Schedule",

@@ -24,6 +24,7 @@ from fastdiff.errors import InputError, check, choose
 
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential", "beta")
 MAX_BETA = 0.999
+TABLES = ("betas", "log_snr", "c_noise")  # settings too long to show
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,14 @@ class Schedule:
     def __post_init__(self) -> None:
         finite = all(bool(torch.isfinite(table).all()) for table in (self.alpha, self.sigma, self.c_in, self.c_noise))
         ordered = bool((self.alpha >= 0).all() and (self.sigma > 0).all() and (self.sigma.diff() >= 0).all())
-        settings = {key: value for key, value in self.config.items() if key != "betas"}
+        settings = {key: value for key, value in self.config.items() if key not in TABLES}
         check(finite and ordered, f"these settings give no schedule (finite, sigma positive and rising): {settings}")
 
     def __len__(self) -> int:
         return len(self.alpha)
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{k}={v!r}" for k, v in self.config.items() if k not in ("name", "betas"))
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.config.items() if k not in ("name", *TABLES))
         return f"Schedule.{self.config['name']}({settings})"
 
     # ---- quantities -------------------------------------------------------------------------
@@ -166,14 +167,27 @@ class Schedule:
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Tensor) -> Schedule:
         """Any betas in (0, 1); the last one may be 1 (zero terminal SNR)."""
-        try:
-            table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"betas must be a sequence of numbers in (0, 1): {error}") from None
-        check(
-            table.ndim == 1 and len(table) > 0, f"betas must be one-dimensional and not empty, got {list(table.shape)}"
-        )
+        table = _numbers("betas", betas)
         return _from_betas(table, "from_betas", betas=table.tolist())
+
+    @classmethod
+    def from_log_snr(
+        cls, log_snr: Sequence[float] | Tensor, *, c_noise: Sequence[float] | Tensor | None = None
+    ) -> Schedule:
+        """Any log-SNRs in falling order, variance-preserving: alpha² = sigmoid(log-SNR) (Kingma et al. 2021, eq. 3).
+
+        Args:
+            c_noise: what the network is told of each timestep, float64; left out, its number.
+        """
+        table = _numbers("log_snr", log_snr)
+        check(bool(torch.isfinite(table).all() and (table.diff() < 0).all()), "log_snr must be finite and fall")
+        alpha, sigma = torch.sigmoid(table).sqrt(), torch.sigmoid(-table).sqrt()
+        if c_noise is None:
+            return _discrete(alpha, sigma, "from_log_snr", log_snr=table.tolist())
+        told = _numbers("c_noise", c_noise)
+        check(told.shape == table.shape, f"c_noise must hold one number for each of {len(table)} timesteps")
+        config = {"name": "from_log_snr", "log_snr": table.tolist(), "c_noise": told.tolist()}
+        return cls(alpha, sigma, torch.ones_like(alpha), told, config)
 
     @classmethod
     def edm(
@@ -287,7 +301,7 @@ class Schedule:
         return _distinct((log_ratio - levels[:, None]).abs().argmin(1), len(self))
 
 
-SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "from_betas", "edm", "flow")
+SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "from_betas", "from_log_snr", "edm", "flow")
 
 
 def karras_levels(n: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
@@ -326,6 +340,17 @@ def _from_betas(betas: Tensor, name: str, /, **settings: Any) -> Schedule:
         raise InputError(f"betas must lie in (0, 1), got {float(betas[t])!r} at timestep {t} of the {name} schedule")
     log_alpha_bar = torch.log1p(-betas).cumsum(0)
     return _discrete((log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt(), name, **settings)
+
+
+def _numbers(name: str, values: Sequence[float] | Tensor) -> Tensor:
+    """Numbers that somebody gives as a table, float64 on the host."""
+    try:
+        table = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be a sequence of numbers: {error}") from None
+    shape = list(table.shape)
+    check(table.ndim == 1 and len(table) > 0, f"{name} must be one-dimensional and not empty, got {shape}")
+    return table
 
 
 def _discrete(alpha: Tensor, sigma: Tensor, name: str, **settings: Any) -> Schedule:

@@ -269,7 +269,7 @@ def test_config_round_trip_through_json(name):
     assert_same_schedule(Schedule.from_config(json.loads(json.dumps(schedule.config))), schedule)
 
 
-@names(set(CONFIGURED) - set(OTHERS))
+@names(sorted(set(CONFIGURED) - set(OTHERS)))
 def test_config_remembers_zero_terminal_snr(name):
     schedule = CONFIGURED[name]().rescale_zero_terminal_snr()
     again = Schedule.from_config(json.loads(json.dumps(schedule.config)))
