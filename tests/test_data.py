@@ -759,7 +759,7 @@ def test_without_scikit_learn(monkeypatch, name) -> None:
 
 
 def test_names_are_the_promised_ones() -> None:
-    promised = "digits swiss-roll moons-circles parabola mnist fashion-mnist emnist cifar10 folder:PATH"
+    promised = "digits swiss-roll moons-circles parabola mnist fashion-mnist emnist cifar10 folder:PATH tar:PATH"
     assert promised.split() == list(data.NAMES)
 
 

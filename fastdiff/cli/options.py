@@ -14,7 +14,9 @@ import typer
 
 from fastdiff.errors import InputError, check
 
-DATA_HELP = "digits, swiss-roll, moons-circles, parabola, mnist, fashion-mnist, emnist, cifar10 or folder:PATH"
+DATA_HELP = (
+    "digits, swiss-roll, moons-circles, parabola, mnist, fashion-mnist, emnist, cifar10, folder:PATH or tar:PATH"
+)
 
 DataName = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 ImageSize = Annotated[int | None, typer.Option(help="resize images to this; default: as they are")]

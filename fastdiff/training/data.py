@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.errors import InputError, check, choose
+from fastdiff.training.images import ENDINGS as ENDINGS
+from fastdiff.training.images import POLICIES, Files, Folder, Squares, reading
+from fastdiff.training.images import images_below as images_below
+from fastdiff.training.images import open_image as open_image
+from fastdiff.training.images import resize as resize
+from fastdiff.training.shards import load_shards
 
 POINTS = 1024 * 128  #: in a 2-D training set
 GREY = 127.5  #: the middle of 0 ... 255
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 _MNIST = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 _EMNIST = ("emnist-letters-train-images-idx3-ubyte", "emnist-letters-train-labels-idx1-ubyte")
@@ -32,17 +36,27 @@ ARCHIVES: dict[str, tuple[str, str, tuple[str, ...], dict[str, str]]] = {
     "emnist": ("EMNIST", "EMNIST/raw", _EMNIST, {"split": "letters"}),
     "cifar10": ("CIFAR10", "cifar-10-batches-py", _CIFAR, {}),
 }
+Reader = Callable[[Files], Squares]
 #: the data sets with labels, for messages
-LABELLED = f"digits, {', '.join(ARCHIVES)} and folder:PATH with a sub-folder for each class"
+LABELLED = f"digits, {', '.join(ARCHIVES)}, folder:PATH with a sub-folder for each class and tar:PATH with labels"
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """``count`` samples: ``read(indices)`` gets some in data units, ``y`` are the labels of all (int64) or None."""
+    """``count`` samples: ``read(indices)`` gets some in data units, ``y`` are the labels of all (int64) or None.
+
+    Attributes:
+        groups: how many consecutive samples each file holds; None where reading one is as good as reading another.
+        decodes: whether reading is work for other processes, to which this goes pickled, and may fail.
+        name: of a sample, for messages.
+    """
 
     count: int
     read: Callable[[Tensor], Tensor]
     y: Tensor | None = None
+    groups: Sequence[int] | None = None
+    decodes: bool = False
+    name: Callable[[int], str] = "sample {}".format
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +119,16 @@ class Data(Description):
         Returns:
             x: float32 ``[B, *shape]`` on the network's scale, images in [-1, 1]; y: int64 ``[B]`` or None.
         """
+        raw, y = self.raw(indices)
+        return self.scale(raw), y
+
+    def raw(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """:meth:`batch` in data units, as stored: uint8 of images in files."""
         y = self.source.y
-        return self.scale(self.source.read(indices)), None if y is None else y[indices]
+        return self.source.read(indices), None if y is None else y[indices]
 
 
-def load(name: str, *, image_size: int | None = None) -> Data:
+def load(name: str, *, image_size: int | None = None, corrupt: str = "fail") -> Data:
     """The training data called ``name``.
 
     Args:
@@ -117,23 +136,27 @@ def load(name: str, *, image_size: int | None = None) -> Data:
             ``mnist``, ``fashion-mnist``, ``emnist`` (letters, upright) and ``cifar10``: the training half, in
             torchvision's layout below PATH if given as NAME:PATH, else the environment variable FASTDIFF_DATA, else
             ./data; downloaded when missing. ``folder:PATH``: images; sub-folders are classes when they hold them all.
+            ``tar:PATH``: a tar, a directory of tars or a glob, in WebDataset's layout (:mod:`.shards`).
         image_size: resize images (antialiased) so that the shorter side has this many pixels and cut out the centre
-            square. Default: as they are; for a folder the shorter side of its first image, down to a multiple of 8.
+            square. Default: as they are; for files the shorter side of the first image, down to a multiple of 8.
+        corrupt: whether one of the first images that cannot be read is an error (``fail``), or others tell what images
+            look like (``skip``).
 
     Raises:
         InputError: an unknown name, a size that does not apply, files missing or damaged, scikit-learn missing.
     """
     kind, colon, path = name.partition(":")
-    choose("data set", "folder:PATH" if kind == "folder" else kind, NAMES)
-    check(path or not (colon or kind == "folder"), f"data set {name!r} lacks its path: {kind}:PATH")
-    check(not path or kind == "folder" or kind in ARCHIVES, f"data set {name!r}: {kind} takes no path")
+    choose("data set", f"{kind}:PATH" if kind in FILES else kind, NAMES)
+    check(path or not (colon or kind in FILES), f"data set {name!r} lacks its path: {kind}:PATH")
+    check(not path or kind in (*FILES, *ARCHIVES), f"data set {name!r}: {kind} takes no path")
     check(image_size is None or _is_whole(image_size, 1), f"image_size must be a whole number >= 1, got {image_size!r}")
     if kind in DRAWS:
         check(image_size is None, f"image_size does not apply to {name}: its samples are points")
         return from_tensor(name, points(kind, POINTS, 0))
+    if kind in FILES:
+        choose("policy for images that cannot be read", corrupt, POLICIES)
+        return FILES[kind](name, path, lambda files: Squares.of(files, image_size, corrupt))
     root = Path(path or os.environ.get("FASTDIFF_DATA") or "data").expanduser()
-    if kind == "folder":
-        return _folder(name, root, image_size)
     x, y, classes = _digits() if kind == "digits" else _archive(kind, root)
     if image_size is not None:
         x = torch.cat([resize(part, image_size) for part in x.split(1000)])  # in parts, for it may pass by float32
@@ -170,8 +193,12 @@ def from_tensor(name: str, x: Tensor, y: Tensor | None = None, classes: Sequence
     x = x if x.dtype == torch.uint8 and x.ndim == 4 else x.float()
     check(x.isfinite().all(), f"{name} holds values that are NaN or infinite")
     check((y is None) == (len(classes) == 0), f"{name} needs both labels and class names, or neither")
-    source = Source(len(x), x.__getitem__, None if y is None else _labels(name, len(x), y, classes))
+    source = Source(len(x), partial(_rows, x), None if y is None else _labels(name, len(x), y, classes))
     return Data(name, tuple(x.shape[1:]), tuple(classes), *_scale(name, x), source)
+
+
+def _rows(x: Tensor, indices: Tensor) -> Tensor:
+    return x[indices]
 
 
 def _scale(name: str, x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -195,13 +222,6 @@ def _labels(name: str, count: int, y: Tensor, classes: Sequence[str]) -> Tensor:
 
 def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-def resize(x: Tensor, size: int) -> Tensor:
-    """Centre squares ``[..., C, size, size]`` of ``x`` ``[..., C, H, W]`` with the shorter side brought to ``size``."""
-    from torchvision.transforms.v2 import functional
-
-    return torch.as_tensor(functional.center_crop(functional.resize(x, [int(size)], antialias=True), [int(size)]))
 
 
 def _sklearn(name: str) -> Any:
@@ -237,7 +257,6 @@ def _parabola(count: int, seed: int) -> NDArray[np.float64]:
 
 
 DRAWS = {"swiss-roll": _swiss_roll, "moons-circles": _moons_circles, "parabola": _parabola}
-NAMES = ("digits", *DRAWS, *ARCHIVES, "folder:PATH")
 
 
 def _archive(name: str, root: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -247,7 +266,7 @@ def _archive(name: str, root: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     kind, place, files, options = ARCHIVES[name]
     missing = not all((root / place / file).is_file() for file in files)
     state = "are missing and cannot be downloaded" if missing else "are damaged (delete them to download them again)"
-    with _reading(f"{name}: files in {root / place} {state}, expected {', '.join(files)}"):
+    with reading(lambda: f"{name}: files in {root / place} {state}, expected {', '.join(files)}"):
         dataset = getattr(datasets, kind)(root, train=True, download=missing, **options)
         x, y, classes = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets), dataset.classes
         x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
@@ -257,57 +276,32 @@ def _archive(name: str, root: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     return x, y, tuple(label.partition(" - ")[0] for label in classes)  # MNIST's are "0 - zero", ...
 
 
-def _folder(name: str, root: Path, image_size: int | None) -> Data:
+def _folder(name: str, path: str, squares: Reader) -> Data:
+    root = Path(path).expanduser()
     check(root.is_dir(), f"{root} {'is a file, not a folder' if root.exists() else 'does not exist'}")
-    with _reading(f"folder {root} cannot be read"):
+    with reading(lambda: f"folder {root} cannot be read"):
         paths = list(images_below(root))
     check(paths, f"folder {root} holds no images ({', '.join(ENDINGS)})")
-    looks = [open_image(path, lambda image: (image.mode, min(image.size))) for path in paths[:16]]
-    mode, channels = ("L", 1) if all(mode in ("1", "L") for mode, _ in looks) else ("RGB", 3)
-    size = int(image_size) if image_size else max(8, looks[0][1] // 8 * 8)
     folders = [path.relative_to(root).parts[:-1] for path in paths]
     number = {label: i for i, label in enumerate(sorted({parts[0] for parts in folders}))} if all(folders) else {}
     y = torch.tensor([number[parts[0]] for parts in folders]) if number else None
-
-    def read(indices: Tensor) -> Tensor:
-        return torch.stack([open_image(paths[i], lambda image: _square(image, mode, size)) for i in indices.tolist()])
-
-    grey = (GREY,) * channels
-    return Data(name, (channels, size, size), tuple(number), grey, grey, Source(len(paths), read, y))
+    return _of_files(name, squares(Folder(list(map(str, paths)))), y, tuple(number))
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """The images in ``folder`` and its sub-folders, in order, without hidden ones."""
-    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        if path.is_dir():  # perhaps a link: one to a folder that we are in would lead round in circles
-            yield from () if folder.resolve().is_relative_to(path.resolve()) else images_below(path)
-        elif path.suffix.lower() in ENDINGS:
-            yield path
+def _tar(name: str, path: str, squares: Reader) -> Data:
+    shards, y, classes = load_shards(path)
+    groups = [len(tar.offsets) for tar in shards.tars]
+    labels = None if y is None else torch.from_numpy(y)
+    return _of_files(name, squares(shards), labels, classes, groups)
 
 
-def open_image(path: Path, use: Callable[[Any], Any]) -> Any:
-    from PIL import Image
-
-    with _reading(f"image {path} cannot be read"), Image.open(path) as image:
-        # PIL would clip what does not fit into 8 bits, without a word.
-        check(image.mode[0] not in "IF", f"pixels of mode {image.mode}, only 8-bit images can be used")
-        return use(image)
-
-
-def _square(image: Any, mode: str, size: int) -> Tensor:
-    """uint8 ``[C, size, size]`` of an image, upright, in PIL's ``mode``."""
-    from PIL import ImageOps
-    from torchvision.transforms.v2 import functional
-
-    return resize(functional.pil_to_tensor(ImageOps.exif_transpose(image).convert(mode)), size)
+def _of_files(
+    name: str, squares: Squares, y: Tensor | None, classes: tuple[str, ...], groups: list[int] | None = None
+) -> Data:
+    grey = (GREY,) * squares.shape[0]
+    source = Source(len(squares.files), squares, y, groups, decodes=True, name=squares.files.name)
+    return Data(name, squares.shape, classes, grey, grey, source)
 
 
-@contextmanager
-def _reading(failure: str) -> Iterator[None]:
-    """Whatever goes wrong with files from outside becomes one line that starts with ``failure``."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # transparent palettes, odd metadata, old pickles: they change nothing
-            yield
-    except Exception as error:
-        raise InputError(f"{failure}: {' '.join(str(error).split()) or type(error).__name__}") from None
+FILES = {"folder": _folder, "tar": _tar}
+NAMES = ("digits", *DRAWS, *ARCHIVES, *(f"{kind}:PATH" for kind in FILES))
