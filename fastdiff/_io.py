@@ -49,18 +49,34 @@ def beside(path: Path) -> Path:
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """An unfinished directory to write into, which gets its name when it is whole, or is removed."""
+    unfinished = begin_directory(target)
+    try:
+        yield unfinished
+        finish_directory(unfinished, target)
+    except BaseException:
+        abandon_directory(unfinished)
+        raise
+
+
+def begin_directory(target: Path) -> Path:
+    """What :func:`new_directory` begins with, where several processes write together."""
     check(not target.exists(), f"{target} already exists")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = beside(target)
     unfinished.mkdir()
-    try:
-        yield unfinished
-        sync_directory(unfinished)
-        rename(unfinished, target)
-    except BaseException:
-        if unfinished.exists():
-            remove_tree(unfinished)
-        raise
+    return unfinished
+
+
+def finish_directory(unfinished: Path, target: Path) -> None:
+    """And what it ends with."""
+    sync_directory(unfinished)
+    rename(unfinished, target)
+
+
+def abandon_directory(unfinished: Path) -> None:
+    """Or so."""
+    if unfinished.exists():
+        remove_tree(unfinished)
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ import typer
 from fastdiff.cli import convert, demo, info, sample, train
 from fastdiff.cli import eval as evaluation
 from fastdiff.errors import InputError
+from fastdiff.training.distributed import ElsewhereError
 
 app = typer.Typer(
     name="fastdiff",
@@ -28,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 2 bad input (one line on standard error), 130 interrupted."""
     warnings.showwarning = lambda message, *_: print(f"fastdiff: warning: {message}", file=sys.stderr)
     try:
-        status = app(args=arguments, standalone_mode=False)
+        status = app(args=_spelled_out(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
+    except ElsewhereError:
+        return 2
     except (InputError, OSError) as error:
         return _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
@@ -39,6 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(message() or "no command given: see fastdiff --help", 2)
     return status if isinstance(status, int) else 0
+
+
+def _spelled_out(arguments: Sequence[str]) -> list[str]:
+    """``--resume`` alone is ``--resume yes``: typer has no options whose value may be left out."""
+    following = [*arguments[1:], ""]
+    pairs = zip(arguments, following, strict=True)
+    return [word for name, value in pairs for word in _with_value(name, value)]
+
+
+def _with_value(name: str, value: str) -> list[str]:
+    return [name, "yes"] if name == "--resume" and value not in train.RESUMES else [name]
 
 
 def _fail(message: str, status: int) -> int:

@@ -18,8 +18,8 @@ from fastdiff.models.diffusers import CONFIG, PIPELINE, WEIGHTS
 from fastdiff.ops.row import PREDICTIONS
 from fastdiff.schedule import Schedule
 from fastdiff.training.checkpoint import FOLDER, MANIFEST
+from fastdiff.training.config import TRAINED_SCHEDULES
 from fastdiff.training.run import load_run, save_run
-from fastdiff.training.trainer import TRAINED_SCHEDULES
 
 FORMATS = ("fastdiff", "diffusers", "guided-diffusion")
 ENDINGS = (".pt", ".pth", ".bin", ".safetensors")

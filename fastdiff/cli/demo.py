@@ -19,9 +19,10 @@ from fastdiff.cli.options import BackendName, DeviceName, choose_device
 from fastdiff.cli.sample import SampleConfig, draw, write_samples
 from fastdiff.errors import check
 from fastdiff.training import checkpoint
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Data, load
 from fastdiff.training.run import load_run
-from fastdiff.training.trainer import TrainConfig, Trainer
+from fastdiff.training.trainer import Trainer
 
 TRAINING = TrainConfig(train_steps=400, save_every=400)
 SAMPLING = SampleConfig(count=1000, steps=50, guidance_scale=1.25)
@@ -43,6 +44,7 @@ def demo(
         train_seconds = _timed(trainer.train)[0]
         run = load_run(out, device=place)
         sample_seconds, drawn = _timed(lambda: draw(run, sampling, frames=26))
+    assert drawn is not None
     assert drawn.labels is not None
     write_samples(out, drawn.samples, drawn.labels)
     report = {

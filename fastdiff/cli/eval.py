@@ -13,12 +13,12 @@ from fastdiff import _io
 from fastdiff.cli import figures
 from fastdiff.cli.judging import EvalConfig, Point, Report, Request, judge
 from fastdiff.cli.options import BackendName, DeviceName, OutDir, choose_device, with_fields
-from fastdiff.cli.processes import on_processes
 from fastdiff.cli.sample import SampleConfig, run_directory
 from fastdiff.cli.sources import HELP
 from fastdiff.errors import check
 from fastdiff.metrics.evaluation import Result
 from fastdiff.training.checkpoint import FOLDER
+from fastdiff.training.distributed import on_processes
 
 HEADER = ("", "metric", "value", "standard error", "95 % interval", "generated", "real", "")
 

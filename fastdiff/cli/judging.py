@@ -14,7 +14,6 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff._progress import progress
 from fastdiff.cli.drawing import Drawing
-from fastdiff.cli.processes import first_alone, placed, rank, together, world
 from fastdiff.cli.sample import SampleConfig
 from fastdiff.cli.sources import CONVENTION, Images, Source, Wanted, drawn, open_source
 from fastdiff.errors import InputError, check, choose
@@ -33,8 +32,9 @@ from fastdiff.metrics.evaluation import (
 )
 from fastdiff.metrics.features import Extractor, extract
 from fastdiff.metrics.inception import Inception
+from fastdiff.training.config import option
+from fastdiff.training.distributed import first_alone, placed, rank, together, world
 from fastdiff.training.run import load_classifier
-from fastdiff.training.trainer import option
 
 CURVES = ("steps", "trajectory")
 PLACES = 10  # along a trajectory

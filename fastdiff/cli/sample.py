@@ -27,12 +27,14 @@ from fastdiff.cli.options import (
     with_fields,
 )
 from fastdiff.errors import InputError, check, choose
+from fastdiff.metrics.evaluation import share
 from fastdiff.schedule import SPACINGS, Schedule
 from fastdiff.solvers import SOLVERS
 from fastdiff.training.checkpoint import FOLDER
+from fastdiff.training.config import PRECISIONS, option
 from fastdiff.training.data import points
+from fastdiff.training.distributed import Group, on_processes, placed, together
 from fastdiff.training.run import ClassifierRun, Run, load_classifier, load_run
-from fastdiff.training.trainer import PRECISIONS, option
 
 #: defaults for points, which are small and come in clouds
 FROM_NOISE = [name for name in SOLVERS if name != "ddim_inverse"]
@@ -76,6 +78,18 @@ class SampleConfig:
         return torch.tensor(chosen).repeat(-(-self.count // len(chosen)))[: self.count]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What each process is told."""
+
+    given: dict[str, Any]
+    checkpoint: Path
+    classifier: Path | None
+    place: Path
+    device: torch.device
+    backend: str
+
+
 @with_fields(SampleConfig)
 def sample(
     given: dict[str, Any],
@@ -84,20 +98,36 @@ def sample(
         Path | None, typer.Option(help="a run of fastdiff train --classifier, to guide by in place of --guidance-scale")
     ] = None,
     out: OutDir = None,
+    processes: Annotated[int, typer.Option(help="that share the samples; torchrun may start them instead")] = 1,
     device: DeviceName = "auto",
     backend: BackendName = "auto",
 ) -> None:
     """Sample from a trained run: samples.npz and a picture, by default into the run's samples/."""
-    run = load_run(checkpoint, device=choose_device(device))
-    guide = _guide(run, classifier, given)
-    config = SampleConfig(**({**POINTS, **given} if run.data.is_points else given))
     place = out or run_directory(checkpoint) / "samples"
+    request = Request(given, checkpoint, classifier, place, choose_device(device), backend)
+    on_processes(processes, _sample, request)
+
+
+def _sample(request: Request) -> None:
+    """In each process; the first one writes."""
+    run, config, guide = together(lambda: _opened(request))
+    began = time.perf_counter()
+    with ops.backend(request.backend):
+        drawn = draw(run, config, guide)
+    if drawn is not None:
+        _write(request, run, config, drawn, time.perf_counter() - began)
+
+
+def _opened(request: Request) -> tuple[Run, SampleConfig, ClassifierRun | None]:
+    run = load_run(request.checkpoint, device=placed(request.device))
+    guide = _guide(run, request.classifier, request.given)
     if run.data.is_points:
         figures.require_matplotlib()
-    began = time.perf_counter()
-    with ops.backend(backend):
-        drawn = draw(run, config, guide)
-    seconds = time.perf_counter() - began
+    return run, SampleConfig(**({**POINTS, **request.given} if run.data.is_points else request.given)), guide
+
+
+def _write(request: Request, run: Run, config: SampleConfig, drawn: Drawn, seconds: float) -> None:
+    place = request.place
     write_samples(place, drawn.samples, drawn.labels)
     if drawn.samples.ndim == 2:
         _draw_points(place / "samples.png", run, drawn)
@@ -105,10 +135,10 @@ def sample(
         figures.image_grid(place / "samples.png", drawn.samples[:100])
     settings = {
         **asdict(config),
-        "checkpoint": str(checkpoint),
-        "classifier": None if classifier is None else str(classifier),
+        "checkpoint": str(request.checkpoint),
+        "classifier": None if request.classifier is None else str(request.classifier),
         "training_step": run.step,
-        "backend": backend,
+        "backend": request.backend,
     }
     _io.replace_json(
         place / "samples.json", {"seconds": seconds, "samples_per_second": config.count / seconds, "settings": settings}
@@ -161,25 +191,31 @@ class Drawn:
     trajectory: list[Tensor]
 
 
-def draw(run: Run, config: SampleConfig, guide: ClassifierRun | None = None, *, frames: int = 6) -> Drawn:
+def draw(run: Run, config: SampleConfig, guide: ClassifierRun | None = None, *, frames: int = 6) -> Drawn | None:
     """Draw ``config.count`` samples from a run, in batches, and keep about ``frames`` states of the first.
+
+    Each process of ``torch.distributed`` draws its share; the first one gets all, the others None.
 
     Args:
         guide: the classifier to guide by, of the same images, noise levels and, if the model has any, classes.
     """
+    group = Group.of_all()
     drawing = Drawing(run, config, guide)
     last = len(drawing.sampler.table) - 1
     moments = {round(i * last / (frames - 1)) for i in range(frames)}
-    batches = torch.arange(config.count).split(config.batch)
+    mine = torch.tensor(share(config.count, group.rank, group.world), dtype=torch.int64)
+    batches = [ids for ids in mine.split(config.batch) if len(ids)]
     states = (state for ids in batches for state in drawing.states(ids))
     finished: list[Tensor] = []
     trajectory: list[Tensor] = []
-    for state in progress(states, len(batches) * (last + 1), "sampling"):
+    for state in progress(states, len(batches) * (last + 1), "sampling", enabled=group.is_first):
         if state.step in moments and len(trajectory) < len(moments):
             trajectory.append(drawing.to_raw(state.x))
         if state.step == last:
             finished.append(drawing.to_raw(state.x))
-    return Drawn(torch.cat(finished), drawing.labels, trajectory)
+    parts = group.everyone(finished)
+    whole = torch.cat([part for each in parts for part in each])
+    return Drawn(whole, drawing.labels, trajectory) if group.is_first else None
 
 
 def _draw_points(path: Path, run: Run, drawn: Drawn) -> None:

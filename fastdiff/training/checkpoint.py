@@ -3,25 +3,33 @@
 ``run/checkpoints/step-00000500/`` holds safetensors and JSON files and ``manifest.json`` with the size and SHA-256
 of each. It is written beside, synced, renamed into place, and only then is an old one removed. A directory
 without a valid manifest does not exist for resuming. Nothing is ever unpickled.
+
+Tensors that are split over processes are written by each of them, ``model.1-of-4.safetensors``, along their first
+dimension in the order of ranks; what is whole in every process is in the first one's file alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import _io
 from fastdiff.errors import InputError, check
+from fastdiff.training.distributed import Group
 
 FORMAT = 1
+ALONE = Group()
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 
@@ -35,43 +43,92 @@ class Checkpoint:
     files: dict[str, bytes]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of ``name.safetensors``."""
+        """The tensors of ``name.safetensors``, whole, however many processes have written them."""
+        parts = [self._tensors(file) for file in self._parts(name)]
+        return {key: parts[0][key] if len(found) == 1 else torch.cat(found) for key, found in _joined(parts).items()}
+
+    def load_into(self, model: nn.Module, name: str) -> None:
+        """Load ``name.safetensors`` into a model; every tensor must fit."""
         try:
-            return safetensors.torch.load(self._file(f"{name}.safetensors"))
-        except SafetensorError as error:
-            raise InputError(f"checkpoint {self.path}: {name}.safetensors cannot be read: {error}") from None
+            model.load_state_dict(self.tensors(name))
+        except RuntimeError as error:
+            raise InputError(f"checkpoint {self.path}: {' '.join(str(error).split())}") from None
 
     def json(self, name: str) -> Any:
         """The value of ``name.json``."""
         return json.loads(self._file(f"{name}.json"))
+
+    def _parts(self, name: str) -> list[str]:
+        """The file of a name, or those of all processes by rank."""
+        form = re.compile(re.escape(name) + r"\.(\d+)-of-(\d+)\.safetensors")
+        found = sorted((int(m[1]), int(m[2]), m[0]) for m in map(form.fullmatch, self.files) if m)
+        if not found:
+            return [f"{name}.safetensors"]
+        world = found[0][1]
+        complete = [(rank, of) for rank, of, _ in found] == [(rank, world) for rank in range(world)]
+        check(complete, f"checkpoint {self.path}: {name} lacks the parts of some of {world} processes")
+        return [file for _, _, file in found]
+
+    def _tensors(self, file: str) -> dict[str, Tensor]:
+        try:
+            return safetensors.torch.load(self._file(file))
+        except SafetensorError as error:
+            raise InputError(f"checkpoint {self.path}: {file} cannot be read: {error}") from None
 
     def _file(self, name: str) -> bytes:
         check(name in self.files, f"checkpoint {self.path} has no {name}")
         return self.files[name]
 
 
-def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], *, keep: int = 2) -> Path:
+def save(
+    run: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    values: dict[str, Any],
+    *,
+    keep: int = 2,
+    group: Group = ALONE,
+    sharded: bool = False,
+) -> Path:
     """Commit a checkpoint of ``run`` at ``step`` and then remove all but the ``keep`` newest.
 
     Args:
-        tensors: file name (without ending) to named tensors, written as safetensors.
+        tensors: file name (without ending) to named tensors, written as safetensors; this process's parts of them
+            where they are ``sharded``.
         values: file name (without ending) to a value, written as JSON.
+        group: the processes that call this together. The checkpoint exists when all have written their part.
 
     Returns:
         The checkpoint's directory. One that is already there and whole is kept as it is.
+
+    Raises:
+        InputError, OSError: it cannot be written, by any of the processes; nothing of it is left.
     """
-    root = run / FOLDER
-    root.mkdir(parents=True, exist_ok=True)
-    target = root / f"step-{step:08d}"
-    if target.exists():
-        if _is_whole(target):
-            return target
-        _discard(target)
-    contents = {f"{name}.safetensors": safetensors.torch.save(_contiguous(named)) for name, named in tensors.items()}
-    contents |= {f"{name}.json": _io.to_json(value) for name, value in values.items()}
-    _commit(target, contents, {"format": FORMAT, "step": step, "files": {k: _digest(v) for k, v in contents.items()}})
-    _rotate(target, keep)
+    target = run / FOLDER / f"step-{step:08d}"
+    if group.everyone(group.together(_in_first(group, lambda: _is_there(target))))[0]:
+        return target
+    contents: dict[str, bytes] = {}
+    if sharded or group.is_first:
+        part = f".{group.rank}-of-{group.world}" if sharded and group.world > 1 else ""
+        contents = {f"{name}{part}.safetensors": _serialized(named) for name, named in tensors.items()}
+    if group.is_first:
+        contents |= {f"{name}.json": _io.to_json(value) for name, value in values.items()}
+    _commit(target, contents, {"format": FORMAT, "step": step}, group)
+    group.together(_in_first(group, lambda: _rotate(target, keep)))
     return target
+
+
+def _in_first(group: Group, work: Callable[[], Any]) -> Callable[[], Any]:
+    return work if group.is_first else lambda: None
+
+
+def _is_there(target: Path) -> bool:
+    """Whether it is there and whole; a damaged one is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists() or _is_whole(target):
+        return target.exists()
+    _discard(target)
+    return False
 
 
 def load(path: Path | str) -> Checkpoint:
@@ -146,10 +203,28 @@ def _verified(path: Path, name: str, entry: dict[str, Any]) -> bytes:
     return content
 
 
-def _commit(target: Path, contents: dict[str, bytes], manifest: dict[str, Any]) -> None:
-    with _io.new_directory(target) as unfinished:
-        for name, content in {**contents, MANIFEST: _io.to_json(manifest)}.items():
-            _io.write(unfinished / name, content)
+def _commit(target: Path, contents: dict[str, bytes], manifest: dict[str, Any], group: Group) -> None:
+    """Each process writes its files, the first one the manifest of all and the name."""
+    unfinished = group.everyone(group.together(_in_first(group, lambda: _io.begin_directory(target))))[0]
+    try:
+        digests = group.together(lambda: _written(unfinished, contents))
+        manifest["files"] = {name: entry for each in group.everyone(digests) for name, entry in each.items()}
+        group.together(_in_first(group, lambda: _finish(unfinished, target, manifest)))
+    except BaseException:
+        if group.is_first:
+            _io.abandon_directory(unfinished)
+        raise
+
+
+def _written(folder: Path, contents: dict[str, bytes]) -> dict[str, Any]:
+    for name, content in contents.items():
+        _io.write(folder / name, content)
+    return {name: _digest(content) for name, content in contents.items()}
+
+
+def _finish(unfinished: Path, target: Path, manifest: dict[str, Any]) -> None:
+    _io.write(unfinished / MANIFEST, _io.to_json(manifest))
+    _io.finish_directory(unfinished, target)
 
 
 def _rotate(newest: Path, keep: int) -> None:
@@ -178,8 +253,16 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _contiguous(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in named.items()}
+def _serialized(named: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().contiguous().cpu() for name, tensor in named.items()})
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            found.setdefault(name, []).append(tensor)
+    return found
 
 
 def _digest(content: bytes) -> dict[str, Any]:

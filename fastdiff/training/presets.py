@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
         "warmup": 5000,
         "decay": "constant",
-        "ema_decay": 0.9999,
+        "ema": "0.9999",
         "save_every": 10_000,
     },
     "adm": {
@@ -31,7 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "warmup": 0,
         "decay": "constant",
-        "ema_decay": 0.9999,
+        "ema": "0.9999",
         "save_every": 10_000,
     },
     "classifier": {"train_steps": 400},

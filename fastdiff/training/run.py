@@ -19,7 +19,6 @@ from fastdiff.schedule import Schedule
 from fastdiff.training import checkpoint
 from fastdiff.training.data import GREY, Description
 from fastdiff.training.presets import build_model
-from fastdiff.training.trainer import load_weights
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _load(saved: checkpoint.Checkpoint, device: torch.device | str) -> Run:
         model, data = build_model(config["model"]), Description.from_json(config["data"])
     except (KeyError, TypeError) as error:
         raise InputError(f"checkpoint {saved.path}: config.json lacks {error}") from None
-    load_weights(model, saved, "ema")
+    saved.load_into(model, "ema")
     return Run(model.eval().to(device), diffusion, data, config, saved.step)
 
 

@@ -1,11 +1,16 @@
-"""Training in a single process. Everything random is keyed by (seed, step), so resuming is continuing."""
+"""Training, on one process or many. Everything random is keyed by (seed, step, place in the batch), so that resuming
+is continuing, and any number of processes sees the same samples, timesteps and noise.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+import time
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,312 +19,288 @@ from torch import Tensor, nn
 
 from fastdiff import _io, noise
 from fastdiff._progress import progress
-from fastdiff.diffusion import LOSSES, Diffusion
-from fastdiff.errors import InputError, check, choose
-from fastdiff.models import Classifier
-from fastdiff.ops.row import PREDICTIONS
-from fastdiff.ops.step import VARIANCES
-from fastdiff.schedule import SCHEDULES, Schedule
-from fastdiff.training import checkpoint, classification
-from fastdiff.training.data import Data, Description
-from fastdiff.training.ema import EMA
-from fastdiff.training.presets import PRESETS, RECIPES, build_model, model_config, preset
+from fastdiff.errors import InputError, check
+from fastdiff.metrics.evaluation import share
+from fastdiff.training import checkpoint, log, posthoc
+from fastdiff.training.config import Operation, TrainConfig
+from fastdiff.training.data import Data
+from fastdiff.training.distributed import Group, summed
+from fastdiff.training.ema import averages
+from fastdiff.training.loader import Batch, Loader
+from fastdiff.training.objective import Objective, Values
+from fastdiff.training.order import Order
+from fastdiff.training.parallel import Parallel, is_split, part_of, split_like, whole_of
+from fastdiff.training.picture import draw
+from fastdiff.training.presets import build_model, model_config
+from fastdiff.training.saving import Saver, Signals, Tensors, last_checkpoint
 
-FLUSH_EVERY = 100
-PRECISIONS = ("fp32", "bf16")
-DECAYS = ("constant", "cosine")
 #: settings that a classifier has no use for
-OF_DENOISERS = ("prediction", "variance", "loss", "label_dropout")
-TRAINED_SCHEDULES = tuple(name for name in SCHEDULES if name != "from_betas")
-
-
-def option(default: Any, meaning: str) -> Any:
-    """A field with its meaning, which is also the help of the command line's option."""
-    return field(default=default, metadata={"help": meaning})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What determines a run, down to the last bit on one machine. Each field's meaning is its help text.
-
-    The defaults are those of ``unet-small``; :meth:`by_model` takes what suits the model.
-    """
-
-    model: str = option("auto", f"{', '.join(PRESETS)}, or a JSON file with a configuration")
-    schedule: str = option("cosine", f"noise schedule: {', '.join(TRAINED_SCHEDULES)}")
-    timesteps: int = option(1000, "T, the noise levels of the schedule")
-    zero_terminal_snr: bool = option(False, "rescale the schedule so that its last timestep holds no signal")
-    prediction: str = option("v_prediction", f"what the network predicts: {', '.join(PREDICTIONS)}")
-    variance: str = option("fixed_small", f"of the reverse process: {', '.join(VARIANCES)}")
-    loss: str = option("simple", f"{', '.join(LOSSES)}")
-    train_steps: int = option(2000, "optimiser steps")
-    batch: int = option(128, "samples in an optimiser step")
-    learning_rate: float = option(2e-3, "largest rate of AdamW")
-    warmup: int = option(100, "optimiser steps until that rate is reached")
-    decay: str = option("cosine", f"of the rate after that, to the last step: {', '.join(DECAYS)}")
-    weight_decay: float = option(0.0, "of AdamW")
-    clip_grad: float = option(1.0, "largest norm of the gradient")
-    ema_decay: float = option(0.999, "of the averaged weights, which are the ones to sample from")
-    label_dropout: float = option(0.1, "share of samples that lose their label, for classifier-free guidance")
-    seed: int = option(0, "of everything random")
-    precision: str = option("fp32", "of the network: fp32, bf16 (autocast; weights and optimiser stay float32)")
-    save_every: int = option(1000, "optimiser steps between checkpoints; the two newest are kept")
-
-    def __post_init__(self) -> None:
-        choose("schedule", self.schedule, TRAINED_SCHEDULES)
-        choose("prediction", self.prediction, PREDICTIONS)
-        choose("variance", self.variance, VARIANCES)
-        choose("loss", self.loss, LOSSES)
-        choose("precision", self.precision, PRECISIONS)
-        choose("decay", self.decay, DECAYS)
-        for name in ("train_steps", "batch", "save_every"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_grad"):
-            value = getattr(self, name)
-            check(value > 0 and math.isfinite(value), f"{name} must be positive and finite, got {value}")
-        for name in ("weight_decay", "warmup"):
-            value = getattr(self, name)
-            check(value >= 0 and math.isfinite(value), f"{name} must be at least 0, got {value}")
-        check(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        check(0 <= self.label_dropout < 1, f"label_dropout must lie in [0, 1), got {self.label_dropout}")
-        noise.check_seed(self.seed)
-        trained = self.variance != "learned_range" or self.loss in ("hybrid", "vlb")
-        check(trained, f"loss {self.loss} does not train a learned variance: use hybrid or vlb")
-        silent = self.prediction == "epsilon" and self.diffusion().schedule.zero_terminal_snr
-        check(not silent, "an epsilon prediction says nothing at zero terminal SNR: use v_prediction or sample")
-
-    @classmethod
-    def by_model(cls, data: Description, **given: Any) -> TrainConfig:
-        """The configuration with ``given`` settings, and for the others what suits the model."""
-        return cls(**{**RECIPES.get(preset(given.get("model", "auto"), data), {}), **given})
-
-    def diffusion(self) -> Diffusion:
-        """The process this configuration trains for."""
-        size = "n" if self.schedule in ("edm", "flow") else "timesteps"
-        settings = {"name": self.schedule, size: self.timesteps, "zero_terminal_snr": self.zero_terminal_snr}
-        return Diffusion(Schedule.from_config(settings), self.prediction, self.variance)
-
-    def learning_rate_at(self, step: int) -> float:
-        """The rate of optimiser step ``step``, from 0."""
-        rate = self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
-        return rate * (1 + math.cos(math.pi * step / self.train_steps)) / 2 if self.decay == "cosine" else rate
+OF_DENOISERS = ("prediction", "variance", "loss", "label_dropout", "timestep_sampler")
+OPERATION = Operation()
+QUIET = Signals()  # which nobody sends
+TABLE_EVERY = 100  # steps between tables of the loss by timestep
 
 
 class Trainer:
     """Trains a model into a run directory: ``config.json``, ``log.jsonl``, ``checkpoints/``.
+
+    Every process of ``torch.distributed`` makes one, and takes its share of each batch.
 
     Args:
         config: the run.
         data: what to train on.
         run: the directory; a new one, or with ``resume`` one that holds a checkpoint of the same configuration.
         device: where to train.
-        resume: continue from the newest whole checkpoint. Bit-equal to never having stopped, on the CPU.
+        resume: continue from the newest whole checkpoint; ``auto``: if there is one. Bit-equal to never having
+            stopped, on the CPU and with as many processes.
+        operation: how.
 
     Raises:
         InputError: a directory that is in use, nothing to resume, or another configuration (what differs is named).
     """
 
     def __init__(
-        self, config: TrainConfig, data: Data, run: Path, *, device: torch.device | str = "cpu", resume: bool = False
+        self,
+        config: TrainConfig,
+        data: Data,
+        run: Path,
+        *,
+        device: torch.device | str = "cpu",
+        resume: bool | str = False,
+        operation: Operation = OPERATION,
     ) -> None:
         self.config, self.data, self.run, self.device = config, data, run, torch.device(device)
+        self.operation, self.group = operation, Group.of_all()
+        powers = "power:" in config.ema or not operation.snapshot_every
+        check(powers, f"snapshots are of power-function averages, for instance --ema {config.ema},power:0.05")
+        check(config.batch >= self.group.world, f"{self.group.world} processes cannot share a batch of {config.batch}")
+        self.positions = share(config.batch, self.group.rank, self.group.world)
         self.diffusion = config.diffusion()
-        self.description = {
-            "data": data.to_json(),
-            "model": model_config(config.model, data, learned_variance=config.variance == "learned_range"),
-            "diffusion": {
-                "schedule": self.diffusion.schedule.config,
-                "prediction": config.prediction,
-                "variance": config.variance,
-            },
-            "training": asdict(config),
-        }
-        if self.description["model"].get("type") == "classifier":
-            _check_classifier(config)
+        self.description = _description(config, data)
+        saved = self.group.together(lambda: self._saved(resume))
         with torch.random.fork_rng([]):
             torch.manual_seed(config.seed)
             self.model = build_model(self.description["model"]).to(self.device)
-        self.ema = EMA(self.model, config.ema_decay)
+        if saved:
+            saved.load_into(self.model, "model")
+        else:
+            self.group.together(self._try_model)
+        self.parallel = Parallel(self.model, operation.parallel, compiled=operation.compile)
+        self.objective = Objective(config, self.model, self.parallel.network, self.diffusion, data)
+        self.averages = averages(self.model, config.ema)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self.step = 0
-        self._order = _Order(len(data), config.seed)
-        self._log: list[dict[str, Tensor]] = []
-        if resume:
-            self._resume()
-        else:
-            check(
-                not checkpoint.steps(run),
-                f"{run} already holds a run: continue it with --resume or choose another --out",
-            )
-            self._try_model()
+        self.step = 0 if saved is None else saved.step
+        if saved:
+            self._load(saved)
+        elif self.group.is_first:
             _io.replace_json(run / "config.json", self.description)
-            _io.replace(run / "log.jsonl", b"")
+        board = operation.tensorboard
+        self.log = log.Log(run, self.step, tensorboard=board) if self.group.is_first else log.Nothing()
+        self._failed = 0  # steps in a row
 
-    def train(self) -> None:
+    def train(self) -> bool:
         """Train to the end, with checkpoints on the way.
 
-        Raises:
-            InputError: the loss is no longer finite; nothing of that is saved.
-        """
-        self.model.train()
-        steps = range(self.step, self.config.train_steps)
-        for step in progress(steps, self.config.train_steps, "training", start=self.step):
-            self._log.append(self.train_step(step))
-            self.step = step + 1
-            due = self.step % self.config.save_every == 0 or self.step == self.config.train_steps
-            if due or len(self._log) == FLUSH_EVERY:
-                self._flush_log()
-            if due:
-                self.save()
+        Returns:
+            Whether the end was reached: False after SIGTERM or SIGUSR1, when the step they met has been saved.
 
-    def train_step(self, step: int) -> dict[str, Tensor]:
-        """One optimiser step; returns what is logged of it, the ``loss`` first, scalars on the device."""
-        config = self.config
-        x, y = self.data.batch(self._order.batch(step, config.batch))
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(_torch_seed(config.seed, step, noise.Stream.NETWORK))
-            values = self._objective(x.to(self.device), y, step)
+        Raises:
+            InputError: ``patience`` steps in a row had a loss or a gradient that is not finite; none of them has
+                changed anything. What the data, or saving, have to say.
+        """
+        config, keep, background = self.config, self.operation.keep, self.operation.background
+        how: dict[str, Any] = {"keep": keep, "background": background, "sharded": self.parallel.sharded}
+        shown: dict[str, Any] = {"start": self.step, "enabled": self.group.is_first}
+        with Signals() as signals, Saver(self.run, **how) as saver, closing(self.steps(signals)) as steps:
+            for row in progress(steps, config.train_steps, "training", **shown):
+                saver.look()
+                if row["stop"] or self._due(config.save_every):
+                    self.log.flush()
+                    saver.save(self.step, self.state(), {"config": self.description})
+                if row["stop"]:
+                    return False
+        return True
+
+    def steps(self, signals: Signals = QUIET) -> Generator[dict[str, Any], None, None]:
+        """One optimiser step after another, without saving; gives what is logged of each, and whether to ``stop``."""
+        self.model.train()
+        batches = self._loader().batches(self.step, self.config.train_steps)
+        with closing(batches), self.log:
+            while self.step < self.config.train_steps:
+                began = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - began
+                row = self.train_step(self.step, batch, stop=signals.received)
+                took = time.perf_counter() - began
+                row |= {"images_per_s": self.config.batch / took, "data_wait": waited / took}
+                self.step += 1
+                self._note(row, batch)
+                yield row
+
+    def _note(self, row: dict[str, Any], batch: Batch) -> None:
+        """What is written down of a step that is done."""
+        row["memory"] = log.memory(self.device)
+        if self._due(TABLE_EVERY):
+            row |= self.objective.by_timestep()
+        self.log.add({"step": self.step - 1, **{name: value for name, value in row.items() if name != "stop"}})
+        for name in batch.skipped:
+            warnings.warn(f"{name} cannot be read: the next image is taken in its place", stacklevel=3)
+        self._failed = 0 if _is_finite(row) else self._failed + 1
+        if self._failed == self.operation.patience:
+            where = f"training step {self.step - 1}, the last of {self._failed} in a row that changed nothing"
+            raise InputError(f"{_what(row)} at {where}: training stopped, {last_checkpoint(self.run)}")
+        if self._due(self.operation.grid_every):
+            draw(self)
+        if self._due(self.operation.snapshot_every):
+            posthoc.snapshot(self.run, self.step, self.averages, group=self.group)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.config.train_steps)
+
+    def train_step(self, step: int, batch: Batch, *, stop: bool = False) -> dict[str, Any]:
+        """One optimiser step with this process's share of a batch; returns what is logged of it, of all processes.
+
+        The decision whether its loss and gradient are finite, and the weights change, is the same in all of them.
+
+        Args:
+            stop: whether this process is asked to stop; the row says whether any is.
+        """
         self.optimizer.zero_grad()
-        values["loss"].backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        values = self._backward(step, batch)
+        norm = whole_of(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)).double()
+        sums = torch.stack([*(value.double().sum() for value in values.values()), torch.full_like(norm, stop)])
+        *found, stops, grad_norm = torch.cat((summed(sums), norm[None])).tolist()
+        row = {name: total / self.config.batch for name, total in zip(values, found, strict=True)}
+        row |= {"grad_norm": grad_norm, "learning_rate": self.config.learning_rate_at(step)}
+        if _is_finite(row):
+            self._update(step, row["learning_rate"])
+            self.objective.learn()
+        else:
+            self.objective.forget()
+        return {**row, "stop": stops > 0}
+
+    def _backward(self, step: int, batch: Batch) -> Values:
+        """Gradients of the mean loss of the whole batch, in parts; returns the values of this process's samples."""
+        places = torch.arange(self.positions.start, self.positions.stop)
+        x = self.data.scale(batch.x.to(self.device, non_blocking=True))
+        y = None if batch.y is None else batch.y.to(self.device, non_blocking=True)
+        cuts = min(self.operation.accumulate, len(x))
+        labels = cuts * [None] if y is None else y.tensor_split(cuts)
+        found: list[Values] = []
+        for part, its, at in zip(x.tensor_split(cuts), labels, places.tensor_split(cuts), strict=True):
+            with self._randomness(step, int(at[0])), self.parallel.backward(last=len(found) == cuts - 1):
+                values = self.objective(part, its, at, step)
+                # Gradients of processes are averaged, of which some may have a sample less than others.
+                (values["loss"].sum() * (self.group.world / self.config.batch)).backward()
+            found.append({name: value.detach() for name, value in values.items()})
+        return {name: torch.cat([values[name] for values in found]) for name in found[0]}
+
+    @contextmanager
+    def _randomness(self, step: int, position: int) -> Iterator[None]:
+        """Torch's own generators, which dropout asks, keyed by the first place of a part."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            where: dict[str, Any] = {"step": step, "sample": [position], "stream": noise.Stream.NETWORK}
+            torch.manual_seed(int(noise.uniform_words(1, seed=self.config.seed, **where)))
+            yield
+
+    def _update(self, step: int, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
+            group["lr"] = rate
         self.optimizer.step()
-        self.ema.update(self.model, step)
-        return {name: value.detach() for name, value in values.items()}
+        for average in self.averages.values():
+            average.update(self.model, step)
 
     def losses(self) -> list[float]:
         """The loss of every step so far that is on disk."""
-        return [row["loss"] for row in _read_log(self.run / "log.jsonl")]
-
-    def save(self) -> Path:
-        """Commit a checkpoint of this step."""
-        optimizer = self.optimizer.state_dict()
-        state = {f"{i}.{name}": t for i, values in optimizer["state"].items() for name, t in values.items()}
-        tensors = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": state}
-        return checkpoint.save(self.run, self.step, tensors, {"config": self.description})
+        return [row["loss"] for row in log.read(self.run / log.NAME) if row["loss"] is not None]
 
     @torch.no_grad()
     def _try_model(self) -> None:
         """Evaluate the loss of one sample, so that a model that does not fit ends before anything is written."""
         x, y = self.data.batch(torch.zeros(1, dtype=torch.int64))
         self.model.eval()
-        self._objective(x.to(self.device), y, 0)
+        trial = Objective(self.config, self.model, self.model, self.diffusion, self.data)
+        trial(x.to(self.device), None if y is None else y.to(self.device), torch.zeros(1, dtype=torch.int64), 0)
 
-    def _objective(self, x: Tensor, y: Tensor | None, step: int) -> dict[str, Tensor]:
-        """The loss of a batch, and what else is logged of it."""
-        seed = self.config.seed
-        if isinstance(self.model, Classifier):
-            assert y is not None  # the model's configuration was checked
-            y = y.to(self.device)
-            return classification.cross_entropy(self._network, self.diffusion, x, y, seed=seed, step=step)
-        decoder = "gaussian" if self.data.is_points else "discrete"
-        cond: dict[str, Any] = self._drop_labels(self._condition(y), step)
-        kind = self.config.loss
-        loss = self.diffusion.loss(self._network, x, kind=kind, decoder=decoder, seed=seed, step=step, **cond)
-        return {"loss": loss}
+    def _loader(self) -> Loader:
+        config, groups = self.config, self.data.source.groups
+        how: dict[str, Any] = {"augment": config.augment, "corrupt": config.corrupt, "workers": self.operation.workers}
+        order = Order(len(self.data), config.seed, groups)
+        where: dict[str, Any] = {"batch": config.batch, "positions": self.positions, "seed": config.seed}
+        return Loader(self.data, order, **where, **how, pin=self.device.type == "cuda")
 
-    def _condition(self, y: Tensor | None) -> dict[str, Any]:
-        """What the model is given beside x and t: labels, if there are any and it takes them."""
-        return {} if y is None or getattr(self.model, "label", None) is None else {"y": y.to(self.device)}
+    # ---- checkpoints ------------------------------------------------------------------------
 
-    def _network(self, x: Tensor, t: Tensor, **cond: Tensor) -> Any:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return self.model(x, t, **cond)
+    def state(self) -> Tensors:
+        """What a checkpoint holds, by file and name; of tensors that are split, this process's parts."""
+        first = self.group.is_first
+        if not (first or self.parallel.sharded):
+            return {}
+        optimizer = self.optimizer.state_dict()["state"]
+        named = {f"{i}.{name}": value for i, values in optimizer.items() for name, value in values.items()}
+        files = {"model": self.model.state_dict(), "optimizer": named, "timesteps": self.objective.timesteps.state()}
+        files |= {file_of(i, name): average.tensors for i, (name, average) in enumerate(self.averages.items())}
+        return {
+            file: {name: part_of(value) for name, value in tensors.items() if first or is_split(value)}
+            for file, tensors in files.items()
+            if tensors
+        }
 
-    def _drop_labels(self, cond: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Replace the share ``label_dropout`` of the conditions by their null (Ho & Salimans 2022, algorithm 1)."""
-        if not cond:
-            return cond
-        n = len(cond["y"])
-        words = noise.uniform_words(n, seed=self.config.seed, step=step, stream=noise.Stream.DROPOUT)
-        dropped = (words < self.config.label_dropout * 2**32).to(self.device)
-        null = self.model.null_condition(cond)  # type: ignore[operator]
-        return {name: torch.where(dropped, null[name], value) for name, value in cond.items()}
-
-    def _flush_log(self) -> None:
-        first = self.step - len(self._log)
-        rows = [
-            {"step": first + i, **{name: float(value) for name, value in values.items()}}
-            for i, values in enumerate(self._log)
-        ]
-        for row in rows:
-            if not math.isfinite(row["loss"]):
-                kept = checkpoint.steps(self.run)
-                last = f"the last checkpoint is {kept[0]}" if kept else "no checkpoint was written"
-                raise InputError(f"the loss is {row['loss']} at training step {row['step']}: training stopped, {last}")
-        _io.append(self.run / "log.jsonl", _log_lines(rows))
-        self._log.clear()
-
-    def _resume(self) -> None:
+    def _saved(self, resume: bool | str) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from."""
+        kept = checkpoint.steps(self.run)
+        if not resume or (resume == "auto" and not kept):
+            check(not kept, f"{self.run} already holds a run: continue it with --resume or choose another --out")
+            return None
         saved = checkpoint.load(self.run)
         _check_same_run(saved.json("config"), self.description)
-        check(
-            saved.step <= self.config.train_steps,
-            f"{self.run} is at step {saved.step}, past train_steps {self.config.train_steps}",
-        )
-        load_weights(self.model, saved, "model")
-        load_weights(self.ema.model, saved, "ema")
+        end = self.config.train_steps
+        check(saved.step <= end, f"{self.run} is at step {saved.step}, past train_steps {end}")
+        return saved
+
+    def _load(self, saved: checkpoint.Checkpoint) -> None:
+        """All but the model's weights, which were loaded before they were split."""
+        for i, (name, average) in enumerate(self.averages.items()):
+            average.load(saved.tensors(file_of(i, name)))
         state: dict[int, dict[str, Tensor]] = {}
         parameters = list(self.model.parameters())
         for name, tensor in saved.tensors("optimizer").items():
             index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = _like(parameters[int(index)], tensor)
+            state.setdefault(int(index), {})[key] = split_like(parameters[int(index)], tensor)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.step = saved.step
-        rows = [row for row in _read_log(self.run / "log.jsonl") if row["step"] < saved.step]
-        _io.replace(self.run / "log.jsonl", _log_lines(rows))
+        if self.objective.timesteps.state():
+            self.objective.timesteps.load(saved.tensors("timesteps"))
 
 
-def load_weights(model: nn.Module, saved: checkpoint.Checkpoint, name: str) -> None:
-    """Load ``name.safetensors`` of a checkpoint into a model; every tensor must fit."""
-    try:
-        model.load_state_dict(saved.tensors(name))
-    except RuntimeError as error:
-        raise InputError(f"checkpoint {saved.path}: {' '.join(str(error).split())}") from None
+def file_of(number: int, average: str) -> str:
+    """The file of an average of weights; the first one is what people sample from."""
+    return f"ema-{average}" if number else "ema"
+
+
+def _is_finite(row: dict[str, Any]) -> bool:
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+
+
+def _what(row: dict[str, Any]) -> str:
+    return f"the loss is {row['loss']}" if not math.isfinite(row["loss"]) else f"the gradient is {row['grad_norm']}"
+
+
+def _description(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """What config.json says of a run."""
+    diffusion = config.diffusion()
+    model = model_config(config.model, data, learned_variance=config.variance == "learned_range")
+    if model.get("type") == "classifier":
+        _check_classifier(config)
+    process = {"schedule": diffusion.schedule.config, "prediction": config.prediction, "variance": config.variance}
+    return {"data": data.to_json(), "model": model, "diffusion": process, "training": asdict(config)}
 
 
 def _check_classifier(config: TrainConfig) -> None:
     defaults = {field.name: field.default for field in fields(config)}
     given = [name for name in OF_DENOISERS if getattr(config, name) != defaults[name]]
     check(not given, f"{', '.join(given)}: settings of diffusion models, to be left out for a classifier")
-
-
-def _torch_seed(seed: int, step: int, stream: noise.Stream) -> int:
-    """A seed for torch's own generators, which on the CPU take 32 bits only."""
-    return int(noise.uniform_words(1, seed=seed, step=step, stream=stream))
-
-
-class _Order:
-    """Which samples training step k sees: one shuffled pass over the data after another, from (seed, epoch)."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        check(size > 0, "the data set is empty")
-        self.size, self.seed = size, seed
-        self._epoch, self._shuffled = -1, torch.empty(0)
-
-    def batch(self, step: int, count: int) -> Tensor:
-        return torch.cat(list(self._parts(step * count, count)))
-
-    def _parts(self, first: int, count: int) -> Iterator[Tensor]:
-        while count:
-            epoch, offset = divmod(first, self.size)
-            part = self._permutation(epoch)[offset : offset + count]
-            yield part
-            first, count = first + len(part), count - len(part)
-
-    def _permutation(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_torch_seed(self.seed, epoch, noise.Stream.ORDER))
-            self._epoch, self._shuffled = epoch, torch.randperm(self.size, generator=generator)
-        return self._shuffled
-
-
-def _like(parameter: Tensor, state: Tensor) -> Tensor:
-    """An optimiser's state in the memory format of its parameter, without which the update rounds differently."""
-    return torch.empty_like(parameter).copy_(state) if state.shape == parameter.shape else state
 
 
 def _check_same_run(saved: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -336,17 +317,3 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
     return flat
-
-
-def _log_lines(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from None

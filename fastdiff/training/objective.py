@@ -1,0 +1,105 @@
+"""What training makes small: a loss for each sample, with all that is drawn for it by its place in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import noise
+from fastdiff.diffusion import Diffusion
+from fastdiff.models import Classifier
+from fastdiff.training import classification
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.data import Description
+from fastdiff.training.distributed import of_all, summed
+from fastdiff.training.timesteps import SAMPLERS, LossTable
+
+BINS = 10
+Values = dict[str, Tensor]  # by name, one for each sample
+
+
+class Objective:
+    """The loss of a diffusion model, or of a classifier of noised images.
+
+    Timesteps, noise and lost labels belong to (seed, step, position in the batch of all processes): however the batch
+    is shared and cut, a sample gets the same.
+
+    Args:
+        model: what is trained, and ``network`` what runs it: ``network(x, t, **cond)``.
+
+    Attributes:
+        timesteps: draws timesteps, and may learn from the losses.
+        table: the mean loss by timestep since it was last read.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        network: Callable[..., Any],
+        diffusion: Diffusion,
+        data: Description,
+    ) -> None:
+        self.config, self.model, self.diffusion = config, model, diffusion
+        self.device = next(model.parameters()).device
+        where: dict[str, Any] = {"batch": config.batch, "seed": config.seed, "device": self.device}
+        self.timesteps = SAMPLERS[config.timestep_sampler](diffusion.schedule, **where)
+        self.table = LossTable(len(diffusion.schedule), self.device, bins=min(BINS, len(diffusion.schedule)))
+        self._network, self._decoder = network, "gaussian" if data.is_points else "discrete"
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor, y: Tensor | None, positions: Tensor, step: int) -> Values:
+        """``loss``, and what else is logged, of samples ``x`` on the network's scale at these positions, int64."""
+        config = self.config
+        if isinstance(self.model, Classifier):
+            assert y is not None  # the trainer has seen to it
+            how: dict[str, Any] = {"seed": config.seed, "step": step, "positions": positions, "batch": config.batch}
+            return classification.cross_entropies(self.network, self.diffusion, x, y, **how)
+        cond: dict[str, Any] = self.drop_labels(self._conditions(y), positions, step)
+        t, weight = self.timesteps.draw(positions.to(self.device), step=step)
+        where: dict[str, Any] = {"seed": config.seed, "step": step, "sample": positions}
+        losses = self.diffusion.losses(self.network, x, t, kind=config.loss, decoder=self._decoder, **where, **cond)
+        self._seen.append((t, losses.detach()))
+        return {"loss": losses * weight}
+
+    def network(self, x: Tensor, t: Tensor, **cond: Tensor) -> Any:
+        """In the precision of the run."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self._network(x, t, **cond)
+
+    def learn(self) -> None:
+        """Take up the losses of all samples of a step, which has changed the weights."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return
+        t, losses = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        self.table.add(t, losses)
+        if self.timesteps.learns:
+            self.timesteps.update(*(torch.cat(of_all(each)) for each in (t, losses)))
+
+    def forget(self) -> None:
+        """Leave them out, of a step that has changed nothing."""
+        self._seen.clear()
+
+    def by_timestep(self) -> dict[str, list[float]]:
+        """The mean loss by tenths of the timesteps since this was asked last, of all processes; nothing without."""
+        table, self.table = self.table, LossTable(self.table.timesteps, self.device, bins=self.table.bins)
+        summed(table.totals)
+        return {"loss_by_timestep": table.means()} if float(table.totals[1].sum()) else {}
+
+    def _conditions(self, y: Tensor | None) -> dict[str, Tensor]:
+        """What the model is given beside x and t: labels, if there are any and it takes them."""
+        return {} if y is None or getattr(self.model, "label", None) is None else {"y": y}
+
+    def drop_labels(self, cond: dict[str, Tensor], positions: Tensor, step: int) -> dict[str, Tensor]:
+        """Replace the share ``label_dropout`` of the conditions by their null (Ho & Salimans 2022, algorithm 1)."""
+        if not cond:
+            return cond
+        where: dict[str, Any] = {"step": step, "sample": positions, "stream": noise.Stream.DROPOUT}
+        words = noise.uniform_words(len(positions), seed=self.config.seed, **where)
+        dropped = (words < self.config.label_dropout * 2**32).to(self.device)
+        null = self.model.null_condition(cond)  # type: ignore[operator]
+        return {name: torch.where(dropped, null[name], value) for name, value in cond.items()}

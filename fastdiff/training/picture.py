@@ -1,0 +1,61 @@
+"""Pictures of samples while training goes on, by the average of the weights; every process draws its share."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import _io
+from fastdiff.metrics.evaluation import share
+from fastdiff.sampler import Sampler
+from fastdiff.training.parallel import whole_of
+from fastdiff.training.presets import build_model
+
+if TYPE_CHECKING:
+    from fastdiff.training.trainer import Trainer
+
+IMAGES, POINTS, STEPS = 64, 4096, 25
+FOLDER = "pictures"
+CELLS = 128  # of a side of a histogram of points
+
+
+@torch.no_grad()
+def draw(trainer: Trainer) -> None:
+    """Write ``pictures/step-XXXXXXXX.png``: the same noise and labels every time."""
+    data, group = trainer.data, trainer.group
+    count = POINTS if data.is_points else IMAGES
+    ids = torch.tensor(share(count, group.rank, group.world), dtype=torch.int64)
+    with torch.random.fork_rng([]):
+        model = build_model(trainer.description["model"]).to(trainer.device).eval()
+    average = next(iter(trainer.averages.values()))
+    model.load_state_dict({name: whole_of(value) for name, value in average.tensors.items()})
+    cond: dict[str, Any] = {}
+    if getattr(model, "label", None) is not None:
+        cond["y"] = (ids % len(data.classes)).to(trainer.device)
+    clip = None if data.is_points else 1.0
+    sampler = Sampler(model, trainer.diffusion, "dpmpp_2m", STEPS, clip=clip, graph=False)
+    x = sampler((len(ids), *data.shape), seed=trainer.config.seed, sample=ids, **cond) if len(ids) else None
+    parts = group.everyone(None if x is None else data.to_raw(x).cpu())
+    if group.is_first:
+        raw = torch.cat([part for part in parts if part is not None])
+        picture = _histogram(raw) if data.is_points else raw
+        _io.replace(trainer.run / FOLDER / f"step-{trainer.step:08d}.png", _png(picture))
+
+
+def _histogram(points: Tensor) -> Tensor:
+    """How many of ``[N, 2]`` lie where, the first coordinate to the right, dark where many do: ``[1, 1, H, W]``."""
+    points = points[points.isfinite().all(1)].double()
+    counts, _ = torch.histogramdd(points.flip(1), CELLS)
+    shown = 255 * (1 - (counts / counts.max()).sqrt())
+    return shown.flip(0).to(torch.uint8)[None, None]
+
+
+def _png(images: Tensor) -> bytes:
+    from torchvision.utils import make_grid, save_image
+
+    buffer: Any = io.BytesIO()
+    save_image(make_grid(images.float() / 255, nrow=8), buffer, format="png")
+    return bytes(buffer.getvalue())
