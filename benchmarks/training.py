@@ -40,7 +40,7 @@ Network = Callable[[], Any]
 def cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
     for count in (2,) if quick else (128, 512) if device.type == "cuda" else (8,):
         for dtype in (BF16,) if quick else (torch.float32, BF16):
-            yield case(count, dtype, cache(partial(make_network, device, quick)), device)
+            yield case(count, dtype, partial(make_network, device, quick), device)
 
 
 def case(count: int, dtype: torch.dtype, network: Network, device: torch.device) -> Case:
