@@ -11,17 +11,18 @@ from fastdiff.diffusion import LOSSES, Diffusion
 from fastdiff.errors import check, choose
 from fastdiff.ops.row import PREDICTIONS
 from fastdiff.ops.step import VARIANCES
-from fastdiff.schedule import SCHEDULES, Schedule
+from fastdiff.schedule import SCHEDULES
 from fastdiff.training.data import Description
 from fastdiff.training.ema import check_averages
 from fastdiff.training.loader import AUGMENTS, POLICIES
 from fastdiff.training.presets import PRESETS, RECIPES, preset
+from fastdiff.training.process import LEARNED, starting_schedule
 from fastdiff.training.timesteps import SAMPLERS
 
 PRECISIONS = ("fp32", "bf16")
 DECAYS = ("constant", "cosine")
 PARALLELS = ("ddp", "fsdp")
-TRAINED_SCHEDULES = tuple(name for name in SCHEDULES if name not in ("from_betas", "from_log_snr"))
+TRAINED_SCHEDULES = (*(name for name in SCHEDULES if name not in ("from_betas", "from_log_snr")), LEARNED)
 
 
 def option(default: Any, meaning: str) -> Any:
@@ -77,10 +78,18 @@ class TrainConfig:
         check_averages(self.ema)
         check(0 <= self.label_dropout < 1, f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         noise.check_seed(self.seed)
+        if self.schedule == LEARNED:
+            self._check_learned()
         trained = self.variance != "learned_range" or self.loss in ("hybrid", "vlb")
         check(trained, f"loss {self.loss} does not train a learned variance: use hybrid or vlb")
         silent = self.prediction == "epsilon" and self.diffusion().schedule.zero_terminal_snr
         check(not silent, "an epsilon prediction says nothing at zero terminal SNR: use v_prediction or sample")
+
+    def _check_learned(self) -> None:
+        """A learned schedule has one objective, the bound in continuous time, and draws its own times."""
+        wanted = {"loss": "vlb", "variance": "fixed_small", "timestep_sampler": "uniform", "zero_terminal_snr": False}
+        wrong = [f"{name} {value}" for name, value in wanted.items() if getattr(self, name) != value]
+        check(not wrong, f"a learned schedule is trained with {', '.join(wrong)}")
 
     @classmethod
     def by_model(cls, data: Description, **given: Any) -> TrainConfig:
@@ -88,10 +97,14 @@ class TrainConfig:
         return cls(**{**RECIPES.get(preset(given.get("model", "auto"), data), {}), **given})
 
     def diffusion(self) -> Diffusion:
-        """The process this configuration trains for."""
+        """The process this configuration trains for; with a learned schedule, what it starts from."""
+        return Diffusion(starting_schedule(self.schedule_settings()), self.prediction, self.variance)
+
+    def schedule_settings(self) -> dict[str, Any]:
+        """The schedule's, as a run keeps them."""
         size = "n" if self.schedule in ("edm", "flow") else "timesteps"
         settings = {"name": self.schedule, size: self.timesteps, "zero_terminal_snr": self.zero_terminal_snr}
-        return Diffusion(Schedule.from_config(settings), self.prediction, self.variance)
+        return settings if self.schedule == LEARNED else starting_schedule(settings).config
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of optimiser step ``step``, from 0."""

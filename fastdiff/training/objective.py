@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff import noise
 from fastdiff.diffusion import Diffusion
+from fastdiff.learned_schedule import LearnedSchedule, variational_loss
 from fastdiff.models import Classifier
 from fastdiff.training import classification
 from fastdiff.training.config import TrainConfig
@@ -49,6 +50,7 @@ class Objective:
         self.timesteps = SAMPLERS[config.timestep_sampler](diffusion.schedule, **where)
         self.table = LossTable(len(diffusion.schedule), self.device, bins=min(BINS, len(diffusion.schedule)))
         self._network, self._decoder = network, "gaussian" if data.is_points else "discrete"
+        self._learned: LearnedSchedule | None = getattr(model, "learned_schedule", None)
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor, y: Tensor | None, positions: Tensor, step: int) -> Values:
@@ -59,11 +61,21 @@ class Objective:
             how: dict[str, Any] = {"seed": config.seed, "step": step, "positions": positions, "batch": config.batch}
             return classification.cross_entropies(self.network, self.diffusion, x, y, **how)
         cond: dict[str, Any] = self.drop_labels(self._conditions(y), positions, step)
+        if self._learned is not None:
+            return self._bound(self._learned, x, positions, step, cond)
         t, weight = self.timesteps.draw(positions.to(self.device), step=step)
         where: dict[str, Any] = {"seed": config.seed, "step": step, "sample": positions}
         losses = self.diffusion.losses(self.network, x, t, kind=config.loss, decoder=self._decoder, **where, **cond)
         self._seen.append((t, losses.detach()))
         return {"loss": losses * weight}
+
+    def _bound(self, learned: LearnedSchedule, x: Tensor, positions: Tensor, step: int, cond: dict[str, Any]) -> Values:
+        """The bound under a schedule that is trained too, and its parts (Kingma et al. 2021)."""
+        config = self.config
+        how: dict[str, Any] = {"prediction": config.prediction, "decoder": self._decoder, "minimise_variance": True}
+        where: dict[str, Any] = {"seed": config.seed, "step": step, "sample": positions, "batch": config.batch}
+        found = variational_loss(self.network, learned, x, **how, **where, **cond)
+        return {"loss": found.total, **{name: getattr(found, name) for name in found._fields if name != "total"}}
 
     def network(self, x: Tensor, t: Tensor, **cond: Tensor) -> Any:
         """In the precision of the run."""

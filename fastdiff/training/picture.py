@@ -13,6 +13,7 @@ from fastdiff.metrics.evaluation import share
 from fastdiff.sampler import Sampler
 from fastdiff.training.parallel import whole_of
 from fastdiff.training.presets import build_model
+from fastdiff.training.process import attach_schedule, detach_process
 
 if TYPE_CHECKING:
     from fastdiff.training.trainer import Trainer
@@ -30,13 +31,16 @@ def draw(trainer: Trainer) -> None:
     ids = torch.tensor(share(count, group.rank, group.world), dtype=torch.int64)
     with torch.random.fork_rng([]):
         model = build_model(trainer.description["model"]).to(trainer.device).eval()
+    process = trainer.description["diffusion"]
+    attach_schedule(model, process["schedule"])
     average = next(iter(trainer.averages.values()))
     model.load_state_dict({name: whole_of(value) for name, value in average.tensors.items()})
+    diffusion = detach_process(model, process)
     cond: dict[str, Any] = {}
     if getattr(model, "label", None) is not None:
         cond["y"] = (ids % len(data.classes)).to(trainer.device)
     clip = None if data.is_points else 1.0
-    sampler = Sampler(model, trainer.diffusion, "dpmpp_2m", STEPS, clip=clip, graph=False)
+    sampler = Sampler(model, diffusion, "dpmpp_2m", STEPS, clip=clip, graph=False)
     x = sampler((len(ids), *data.shape), seed=trainer.config.seed, sample=ids, **cond) if len(ids) else None
     parts = group.everyone(None if x is None else data.to_raw(x).cpu())
     if group.is_first:

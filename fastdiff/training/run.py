@@ -15,10 +15,10 @@ from fastdiff.diffusion import Diffusion
 from fastdiff.errors import InputError, check
 from fastdiff.metrics.features import Features, check_images
 from fastdiff.models import Classifier, UNet
-from fastdiff.schedule import Schedule
 from fastdiff.training import checkpoint
 from fastdiff.training.data import GREY, Description
 from fastdiff.training.presets import build_model
+from fastdiff.training.process import attach_schedule, detach_process
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def load_classifier(path: Path | str, *, device: torch.device | str = "cpu") -> 
 def _load(saved: checkpoint.Checkpoint, device: torch.device | str) -> Run:
     config = saved.json("config")
     try:
-        process = config["diffusion"]
-        diffusion = Diffusion(Schedule.from_config(process["schedule"]), process["prediction"], process["variance"])
         model, data = build_model(config["model"]), Description.from_json(config["data"])
+        attach_schedule(model, config["diffusion"]["schedule"])
     except (KeyError, TypeError) as error:
         raise InputError(f"checkpoint {saved.path}: config.json lacks {error}") from None
     saved.load_into(model, "ema")
+    diffusion = detach_process(model, config["diffusion"])
     return Run(model.eval().to(device), diffusion, data, config, saved.step)
 
 

@@ -32,6 +32,7 @@ from fastdiff.training.order import Order
 from fastdiff.training.parallel import Parallel, is_split, part_of, split_like, whole_of
 from fastdiff.training.picture import draw
 from fastdiff.training.presets import build_model, model_config
+from fastdiff.training.process import attach_schedule
 from fastdiff.training.saving import Saver, Signals, Tensors, last_checkpoint
 
 #: settings that a classifier has no use for
@@ -81,6 +82,9 @@ class Trainer:
         with torch.random.fork_rng([]):
             torch.manual_seed(config.seed)
             self.model = build_model(self.description["model"]).to(self.device)
+        learned = attach_schedule(self.model, self.description["diffusion"]["schedule"])
+        split = learned is not None and self.group.world > 1 and operation.parallel == "fsdp"
+        check(not split, "a learned schedule is not trained with --parallel fsdp: take ddp")
         if saved:
             saved.load_into(self.model, "model")
         else:
@@ -289,11 +293,11 @@ def _what(row: dict[str, Any]) -> str:
 
 def _description(config: TrainConfig, data: Data) -> dict[str, Any]:
     """What config.json says of a run."""
-    diffusion = config.diffusion()
     model = model_config(config.model, data, learned_variance=config.variance == "learned_range")
     if model.get("type") == "classifier":
         _check_classifier(config)
-    process = {"schedule": diffusion.schedule.config, "prediction": config.prediction, "variance": config.variance}
+    schedule = config.schedule_settings()
+    process = {"schedule": schedule, "prediction": config.prediction, "variance": config.variance}
     return {"data": data.to_json(), "model": model, "diffusion": process, "training": asdict(config)}
 
 
