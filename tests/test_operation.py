@@ -15,11 +15,13 @@ import pytest
 import torch
 from train_tools import cloud, images, on, write_model
 
-from fastdiff import InputError
+from fastdiff import InputError, _io
 from fastdiff.training import checkpoint, saving
 from fastdiff.training.config import Operation, TrainConfig
 from fastdiff.training.distributed import rank
 from fastdiff.training.log import Log, read
+from fastdiff.training.posthoc import reconstruct, snapshots
+from fastdiff.training.run import load_run
 from fastdiff.training.saving import Saver, Signals
 from fastdiff.training.trainer import Trainer
 
@@ -269,3 +271,36 @@ def test_pictures_of_samples_are_drawn_on_the_way(tmp_path, kind) -> None:
             sizes.add(image.size)
     assert sizes == ({(82, 82)} if kind == "images" else {(128, 128)})
     assert len({path.read_bytes() for path in paths}) == 3
+
+
+# ---- averages ------------------------------------------------------------------------------------
+
+
+def test_a_run_is_loaded_with_any_of_its_averages(tmp_path) -> None:
+    config = TrainConfig(train_steps=6, batch=4, decay="constant", ema="0.9,power:0.1,power:0.2", save_every=3)
+    trainer = Trainer(config, cloud(), tmp_path, operation=Operation(snapshot_every=1))
+    trainer.train()
+    for name, average in trainer.averages.items():
+        loaded = load_run(tmp_path, ema=name.replace("-", ":")).model.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in average.tensors.items())
+    direct = reconstruct(snapshots(tmp_path), 0.15)
+    between = load_run(tmp_path, ema="power:0.15").model.state_dict()
+    assert all(torch.equal(between[key], value) for key, value in direct.items())
+    first = load_run(tmp_path).model.state_dict()
+    assert all(torch.equal(first[key], value) for key, value in trainer.averages["0.9"].tensors.items())
+    with pytest.raises(InputError, match=r"holds no average 0.99, but 0.9, power-0.1, power-0.2"):
+        load_run(tmp_path, ema="0.99")
+
+
+def test_going_on_from_an_older_checkpoint_forgets_later_snapshots(tmp_path) -> None:
+    config = TrainConfig(train_steps=6, batch=4, ema="power:0.1", save_every=3)
+    Trainer(config, cloud(), tmp_path, operation=Operation(snapshot_every=2)).train()
+    _io.remove_tree(checkpoint.steps(tmp_path)[0])
+    Trainer(config, cloud(), tmp_path, resume=True)
+    assert [each.profile.time for each in snapshots(tmp_path)] == [2]
+
+
+def test_snapshots_need_an_average_that_they_are_of(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"snapshots are of power-function averages, .* --ema 0.999,power:0.05"):
+        Trainer(TrainConfig(), cloud(), tmp_path, operation=Operation(snapshot_every=2))
+    assert not list(tmp_path.iterdir())

@@ -85,6 +85,7 @@ class Request:
     given: dict[str, Any]
     checkpoint: Path
     classifier: Path | None
+    ema: str | None
     place: Path
     device: torch.device
     backend: str
@@ -97,6 +98,9 @@ def sample(
     classifier: Annotated[
         Path | None, typer.Option(help="a run of fastdiff train --classifier, to guide by in place of --guidance-scale")
     ] = None,
+    ema: Annotated[
+        str | None, typer.Option(help="average of weights: a decay, or power:SIGMA_REL; default the first")
+    ] = None,
     out: OutDir = None,
     processes: Annotated[int, typer.Option(help="that share the samples; torchrun may start them instead")] = 1,
     device: DeviceName = "auto",
@@ -104,7 +108,7 @@ def sample(
 ) -> None:
     """Sample from a trained run: samples.npz and a picture, by default into the run's samples/."""
     place = out or run_directory(checkpoint) / "samples"
-    request = Request(given, checkpoint, classifier, place, choose_device(device), backend)
+    request = Request(given, checkpoint, classifier, ema, place, choose_device(device), backend)
     on_processes(processes, _sample, request)
 
 
@@ -119,7 +123,7 @@ def _sample(request: Request) -> None:
 
 
 def _opened(request: Request) -> tuple[Run, SampleConfig, ClassifierRun | None]:
-    run = load_run(request.checkpoint, device=placed(request.device))
+    run = load_run(request.checkpoint, device=placed(request.device), ema=request.ema)
     guide = _guide(run, request.classifier, request.given)
     if run.data.is_points:
         figures.require_matplotlib()
@@ -137,6 +141,7 @@ def _write(request: Request, run: Run, config: SampleConfig, drawn: Drawn, secon
         **asdict(config),
         "checkpoint": str(request.checkpoint),
         "classifier": None if request.classifier is None else str(request.classifier),
+        "ema": request.ema,
         "training_step": run.step,
         "backend": request.backend,
     }

@@ -49,10 +49,7 @@ class Checkpoint:
 
     def load_into(self, model: nn.Module, name: str) -> None:
         """Load ``name.safetensors`` into a model; every tensor must fit."""
-        try:
-            model.load_state_dict(self.tensors(name))
-        except RuntimeError as error:
-            raise InputError(f"checkpoint {self.path}: {' '.join(str(error).split())}") from None
+        load_tensors(model, self.tensors(name), self.path)
 
     def json(self, name: str) -> Any:
         """The value of ``name.json``."""
@@ -78,6 +75,14 @@ class Checkpoint:
     def _file(self, name: str) -> bytes:
         check(name in self.files, f"checkpoint {self.path} has no {name}")
         return self.files[name]
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load the tensors of a checkpoint at ``path`` into a model; every one must fit."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"checkpoint {path}: {' '.join(str(error).split())}") from None
 
 
 def save(

@@ -142,6 +142,22 @@ def averages(model: nn.Module, setting: str) -> dict[str, Average]:
     return {name: kind(model, value) for name, (kind, value) in _entries(setting).items()}
 
 
+def files_of(setting: str) -> dict[str, str]:
+    """The file of each average in a checkpoint, by name; the first one is what people sample from."""
+    return {name: f"ema-{name}" if number else "ema" for number, name in enumerate(_entries(setting))}
+
+
+def sigma_rel_in(name: str) -> float:
+    """SIGMA_REL of ``power:SIGMA_REL``.
+
+    Raises:
+        InputError: another name.
+    """
+    kind, value = _entry(name)
+    check(kind is PowerEMA, f"{name!r} is no power-function average: those are power:SIGMA_REL")
+    return value
+
+
 def check_averages(setting: str) -> None:
     """Raise as :func:`averages` does, without a model."""
     _entries(setting)

@@ -89,6 +89,15 @@ def snapshots(run: Path) -> list[Snapshot]:
     return [each for folder in folders for each in _listed(folder)]
 
 
+def forget(run: Path, step: int) -> None:
+    """Remove the snapshots after ``step``, from which training goes on."""
+    for folder in (run / FOLDER).glob("step-" + 8 * "[0-9]"):
+        if int(folder.name.removeprefix("step-")) > step:
+            unfinished = _io.beside(folder)
+            _io.rename(folder, unfinished)
+            _io.remove_tree(unfinished)
+
+
 def _commit(
     target: Path, step: int, whole: dict[str, dict[str, Tensor]], widths: dict[str, float], dtype: torch.dtype
 ) -> None:

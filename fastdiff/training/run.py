@@ -15,8 +15,9 @@ from fastdiff.diffusion import Diffusion
 from fastdiff.errors import InputError, check
 from fastdiff.metrics.features import Features, check_images
 from fastdiff.models import Classifier, UNet
-from fastdiff.training import checkpoint
+from fastdiff.training import checkpoint, posthoc
 from fastdiff.training.data import GREY, Description
+from fastdiff.training.ema import files_of, sigma_rel_in
 from fastdiff.training.presets import build_model
 from fastdiff.training.process import attach_schedule, detach_process
 
@@ -65,13 +66,18 @@ class ClassifierRun(Run):
         return Features(pool, None, logits)
 
 
-def load_run(path: Path | str, *, device: torch.device | str = "cpu") -> Run:
+def load_run(path: Path | str, *, device: torch.device | str = "cpu", ema: str | None = None) -> Run:
     """Load the newest whole checkpoint of a run directory, or the checkpoint at ``path``.
 
+    Args:
+        ema: which average of weights; the first one of the run if left out. ``power:SIGMA_REL`` may be any, if the run
+            has snapshots: it is made of them (:mod:`fastdiff.training.posthoc`).
+
     Raises:
-        InputError: nothing there, damaged, from a newer version, a configuration that does not build, a classifier.
+        InputError: nothing there, damaged, from a newer version, a configuration that does not build, a classifier, no
+            such average.
     """
-    run = _load(checkpoint.load(path), device)
+    run = _load(checkpoint.load(path), device, ema)
     check(not isinstance(run.model, Classifier), f"{path} holds a classifier: give the run of a diffusion model")
     return run
 
@@ -93,16 +99,30 @@ def load_classifier(path: Path | str, *, device: torch.device | str = "cpu") -> 
     return ClassifierRun(model, run.diffusion, run.data, run.config, run.step, settings)
 
 
-def _load(saved: checkpoint.Checkpoint, device: torch.device | str) -> Run:
+def _load(saved: checkpoint.Checkpoint, device: torch.device | str, ema: str | None = None) -> Run:
     config = saved.json("config")
     try:
         model, data = build_model(config["model"]), Description.from_json(config["data"])
         attach_schedule(model, config["diffusion"]["schedule"])
     except (KeyError, TypeError) as error:
         raise InputError(f"checkpoint {saved.path}: config.json lacks {error}") from None
-    saved.load_into(model, "ema")
+    checkpoint.load_tensors(model, _average(saved, config, ema), saved.path)
     diffusion = detach_process(model, config["diffusion"])
     return Run(model.eval().to(device), diffusion, data, config, saved.step)
+
+
+def _average(saved: checkpoint.Checkpoint, config: dict[str, Any], ema: str | None) -> dict[str, Tensor]:
+    if ema is None:
+        return saved.tensors("ema")
+    kept = files_of(config["training"]["ema"]) if "training" in config else {}
+    name = ema.replace(":", "-")
+    if name in kept:
+        return saved.tensors(kept[name])
+    check(
+        ema.startswith("power:"), f"{saved.path} holds no average {ema}, but {', '.join(kept) or 'one without a name'}"
+    )
+    found = posthoc.snapshots(saved.path.parent.parent)
+    return posthoc.reconstruct(found, sigma_rel_in(ema), step=saved.step)
 
 
 def save_run(path: Path, unet: UNet, diffusion: Diffusion) -> None:

@@ -25,7 +25,7 @@ from fastdiff.training import checkpoint, log, posthoc
 from fastdiff.training.config import Operation, TrainConfig
 from fastdiff.training.data import Data
 from fastdiff.training.distributed import Group, summed
-from fastdiff.training.ema import averages
+from fastdiff.training.ema import averages, files_of
 from fastdiff.training.loader import Batch, Loader
 from fastdiff.training.objective import Objective, Values
 from fastdiff.training.order import Order
@@ -98,6 +98,7 @@ class Trainer:
         self.step = 0 if saved is None else saved.step
         if saved:
             self._load(saved)
+            self.group.together(lambda: posthoc.forget(run, saved.step) if self.group.is_first else None)
         elif self.group.is_first:
             _io.replace_json(run / "config.json", self.description)
         board = operation.tensorboard
@@ -245,7 +246,7 @@ class Trainer:
         optimizer = self.optimizer.state_dict()["state"]
         named = {f"{i}.{name}": value for i, values in optimizer.items() for name, value in values.items()}
         files = {"model": self.model.state_dict(), "optimizer": named, "timesteps": self.objective.timesteps.state()}
-        files |= {file_of(i, name): average.tensors for i, (name, average) in enumerate(self.averages.items())}
+        files |= {file: self.averages[name].tensors for name, file in files_of(self.config.ema).items()}
         return {
             file: {name: part_of(value) for name, value in tensors.items() if first or is_split(value)}
             for file, tensors in files.items()
@@ -266,8 +267,8 @@ class Trainer:
 
     def _load(self, saved: checkpoint.Checkpoint) -> None:
         """All but the model's weights, which were loaded before they were split."""
-        for i, (name, average) in enumerate(self.averages.items()):
-            average.load(saved.tensors(file_of(i, name)))
+        for name, file in files_of(self.config.ema).items():
+            self.averages[name].load(saved.tensors(file))
         state: dict[int, dict[str, Tensor]] = {}
         parameters = list(self.model.parameters())
         for name, tensor in saved.tensors("optimizer").items():
@@ -276,11 +277,6 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         if self.objective.timesteps.state():
             self.objective.timesteps.load(saved.tensors("timesteps"))
-
-
-def file_of(number: int, average: str) -> str:
-    """The file of an average of weights; the first one is what people sample from."""
-    return f"ema-{average}" if number else "ema"
 
 
 def _is_finite(row: dict[str, Any]) -> bool:
