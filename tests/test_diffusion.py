@@ -172,6 +172,9 @@ def test_the_network_s_input_by_process():
     t, x = torch.tensor([0, 50, 99]), randn((3, 2), 0)
     for name, schedule in SCHEDULES.items():
         x_in, times = fd.Diffusion(schedule).model_input(x, t)
+        single, told = fd.Diffusion(schedule).model_input(x.float(), t)
+        assert single.dtype == torch.float32
+        assert told.dtype == (torch.float32 if times.is_floating_point() else torch.int64)
         sigma = schedule.sigma[t]
         if name == "edm":
             assert largest(x_in - x / torch.sqrt(sigma**2 + 0.25)[:, None]) <= 1e-14

@@ -144,6 +144,12 @@ def test_the_bound_in_the_hybrid_loss_trains_only_the_variance():
     assert largest(hybrid[1] - 1e-3 * vlb[1]) <= 1e-12 * largest(hybrid[1])
 
 
+def test_the_bound_of_a_fixed_variance_trains_nothing():
+    diffusion, x0, out = fd.Diffusion(SCHEDULES["cosine"], "epsilon"), randn((6, 2, 3), 0), randn((6, 2, 3), 1)
+    simple, hybrid = (gradient(diffusion, kind, out, x0, EARLY)[0] for kind in ("simple", "hybrid"))
+    assert torch.equal(hybrid, simple)
+
+
 @every_kind
 def test_gradients_at_the_ends_of_the_byte_range_are_finite(kind):
     diffusion = fd.Diffusion(SCHEDULES["cosine"], "epsilon", "learned_range")

@@ -69,6 +69,27 @@ def test_losses_do_not_wait_for_a_gpu(kind, variance, prediction, monkeypatch):
         assert losses.shape == (6,)
 
 
+@pytest.mark.parametrize("kind", ["vlb", "hybrid"])
+def test_what_is_not_the_decoder_s_gets_no_gradient_of_it(kind, blind):
+    diffusion, x0 = fd.Diffusion(SCHEDULES["cosine"], "epsilon", "learned_range"), torch.ones(4, 2, 3)
+    far = (1e4 * randn((4, 4, 3), 2, torch.float32)).tanh().mul(torch.tensor([1e4, 1e4, 1, 1])[:, None])
+    out = far.requires_grad_()
+    diffusion.losses(lambda x, t: out, x0, torch.tensor([1, 1, 2, 90]), kind=kind, seed=1).sum().backward()
+    assert torch.isfinite(out.grad).all()
+
+
+def test_losses_draw_their_timesteps_where_the_data_are(monkeypatch):
+    monkeypatch.setattr("fastdiff.ops.reference.draw", lambda shape, _, device: torch.zeros(shape, device=device))
+    diffusion, seen = fd.Diffusion(SCHEDULES["linear"]), []
+    diffusion.model_input(torch.zeros(1, 2), torch.tensor([0]))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x0, ids = torch.zeros(6, 2, device="cuda"), torch.zeros(6, dtype=torch.int64, device="cuda")
+        for guard in (torch.enable_grad(), OnGPU()):
+            with guard:
+                diffusion.losses(lambda x, t: seen.append(t) or x, x0, sample=ids)
+    assert [t.device.type for t in seen] == ["cuda", "cuda"]
+
+
 def test_timesteps_are_drawn_on_the_device():
     diffusion = fd.Diffusion(SCHEDULES["linear"])
     with FakeTensorMode():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusion_tools import SCHEDULES, OnGPU, randn
+from graph_tools import Tape
 from scipy import stats
 from torch._subclasses import FakeTensorMode
 
@@ -291,6 +292,15 @@ def test_each_timestep_remembers_its_ten_latest_losses(batch):
             latest = state["history"][k, : len(history)].tolist()
             assert sorted(latest) == sorted(history)
     assert max(state["count"].tolist()) > 10
+
+
+def test_no_place_is_written_twice_at_once():
+    sampler = SecondMoment(of_length(2), batch=64)
+    with Tape() as tape:
+        sampler.update(torch.arange(64) // 40, torch.rand(64))
+    (places,) = (args[1][0] for func, args, _, _ in tape.calls if func.overloadpacket.__name__ == "index_put_")
+    kept = places[places < 20].tolist()
+    assert sorted(kept) == list(range(20)), "a GPU would leave either value"
 
 
 def test_uniform_until_all_have_a_history():
