@@ -25,6 +25,8 @@ from fastdiff.training.run import load_run
 from fastdiff.training.saving import Saver, Signals
 from fastdiff.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def injected(argument: tuple[dict[str, Any], Path, str, int, int, float]) -> tuple[list[Any], bool, int]:
     """Train with one bad value at a step, in one process: which steps changed nothing, and whether all is finite."""

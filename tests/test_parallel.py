@@ -19,6 +19,8 @@ from fastdiff.training.parallel import whole_of
 from fastdiff.training.run import load_run
 from fastdiff.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Argument = tuple[dict[str, Any], dict[str, Any], Path, bool | str]
 
 

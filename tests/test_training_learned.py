@@ -18,6 +18,8 @@ from fastdiff.training.log import read
 from fastdiff.training.run import load_run
 from fastdiff.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEARNED: dict[str, Any] = {"schedule": "learned", "loss": "vlb", "timesteps": 50, "warmup": 1, "batch": 6}
 
 

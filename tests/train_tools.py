@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.training.config import Operation, TrainConfig
 from fastdiff.training.data import Data, from_tensor
 from fastdiff.training.distributed import on_processes
-from fastdiff.training.trainer import Trainer
 
 #: with dropout, so that there is a random generator to lose
 TINY = {
@@ -51,16 +48,11 @@ def write_model(folder: Path, **settings: Any) -> str:
 
 def on(count: int, work: Callable[[Any], Any], argument: Any, timeout: float = 60.0) -> Any:
     """``work(argument)`` on processes; what the first one returns."""
-    return on_processes(count, work, argument, timeout=timedelta(seconds=timeout))
-
-
-def train(given: tuple[dict[str, Any], dict[str, Any], Path, Any]) -> dict[str, Any]:
-    """Train on :func:`images`; the first process returns its weights, averages and log."""
-    settings, operation, run, resume = given
-    torch.set_num_threads(1)
-    trainer = Trainer(TrainConfig(**settings), images(), run, operation=Operation(**operation), resume=resume)
-    finished = trainer.train()
-    return {"finished": finished, "step": trainer.step, "rank": os.getpid()}
+    before = torch.get_num_threads()
+    try:
+        return on_processes(count, work, argument, timeout=timedelta(seconds=timeout))
+    finally:
+        torch.set_num_threads(before)  # of the first process, which is this one
 
 
 def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
