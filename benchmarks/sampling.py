@@ -354,13 +354,14 @@ def profiled(call: Call, device: torch.device) -> list[str]:
 
 def seconds(call: Call, device: torch.device) -> float:
     """The median of five calls."""
+    once(call, device)
+    return statistics.median(once(call, device) for _ in range(5))
 
-    def once() -> float:
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
 
-    once()
-    return statistics.median(once() for _ in range(5))
+def once(call: Call, device: torch.device) -> float:
+    """Seconds of a call, on a GPU until it is done."""
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

@@ -11,6 +11,7 @@ parts and the share of the time that is neither forward nor backward.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 import fastdiff as fd
 from benchmarks.harness import Bind, Call, Case, Peer
-from benchmarks.sampling import seconds
+from benchmarks.sampling import once
 from benchmarks.unet import BF16, LAST, TOLERANCE, _name, _product, make_network, our_network
 from fastdiff import _io
 from fastdiff.training.config import TrainConfig
@@ -34,6 +35,7 @@ from fastdiff.training.trainer import Trainer
 RATE = 1e-12
 SIDE = 32
 TIMESTEPS = 1000
+TURNS = 9
 Network = Callable[[], Any]
 
 
@@ -134,9 +136,11 @@ def parts(made: Trainer) -> dict[str, float]:
         "optimizer": made.optimizer.step,
         "ema": lambda: [average.update(made.model, 0) for average in made.averages.values()],
     }
-    with torch.enable_grad():
-        times = {name: 1e3 * seconds(call, device) for name, call in calls.items()}
-    times["objective"] = times.pop("network_and_objective") - times["network"]
+    with torch.enable_grad():  # in turns, for the machine's speed moves
+        turns = [{name: 1e3 * once(call, device) for name, call in calls.items()} for _ in range(TURNS)]
+    for turn in turns:
+        turn["objective"] = turn.pop("network_and_objective") - turn["network"]
+    times = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
     return {f"{name}_ms": ms for name, ms in times.items()} | {"outside": 1 - times["network"] / sum(times.values())}
 
 
