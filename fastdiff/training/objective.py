@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdiff import noise
 from fastdiff.diffusion import Diffusion
 from fastdiff.learned_schedule import LearnedSchedule, variational_loss
+from fastdiff.losses import brought
 from fastdiff.models import Classifier
 from fastdiff.training import classification
 from fastdiff.training.config import TrainConfig
@@ -63,8 +64,8 @@ class Objective:
         cond: dict[str, Any] = self.drop_labels(self._conditions(y), positions, step)
         if self._learned is not None:
             return self._bound(self._learned, x, positions, step, cond)
-        t, weight = self.timesteps.draw(positions.to(self.device), step=step)
-        where: dict[str, Any] = {"seed": config.seed, "step": step, "sample": positions}
+        t, weight = self.timesteps.draw(positions, step=step)
+        where: dict[str, Any] = {"seed": config.seed, "step": step, "sample": brought(positions, self.device)}
         losses = self.diffusion.losses(self.network, x, t, kind=config.loss, decoder=self._decoder, **where, **cond)
         self._seen.append((t, losses.detach()))
         return {"loss": losses * weight}
