@@ -41,6 +41,13 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path)
 
 
+def discard(path: Path) -> None:
+    """Take the name away first, so that no half-removed directory is ever found under it."""
+    unfinished = beside(path)
+    rename(path, unfinished)
+    remove_tree(unfinished)
+
+
 def beside(path: Path) -> Path:
     """A fresh hidden name in the same directory, for what is not finished."""
     return path.parent / f".unfinished-{path.name}-{uuid.uuid4().hex[:8]}"

@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 
-from fastdiff import InputError
+from fastdiff import InputError, _io
 from fastdiff.training import checkpoint
 
 WRITES = 5  # synced by a save: three files, their directory, and the name of it
@@ -98,7 +98,7 @@ def test_kill_at_every_system_call_loses_nothing(run):
         killed += 1
         if whole.step == 2:  # committed before it died: start over from the old state
             for path in checkpoint.steps(run):
-                checkpoint._discard(path)
+                _io.discard(path)
             save(run, 1)
     assert status == 0
     assert killed >= 12
@@ -233,7 +233,7 @@ def test_a_pickle_inside_a_checkpoint_is_not_executed(run, tmp_path):
     content = pickle.dumps(Payload(canary))
     (path / "model.safetensors").write_bytes(content)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = checkpoint._digest(content)
+    manifest["files"]["model.safetensors"] = checkpoint.digest(content)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="cannot be read"):
         checkpoint.load(path).tensors("model")

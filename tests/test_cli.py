@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastdiff import _io
 from fastdiff.cli import demo, main
 from fastdiff.training import checkpoint
 from fastdiff.training.config import TrainConfig
@@ -328,7 +329,7 @@ def test_misuse_of_classifiers_ends_in_one_line(digits, roll, classifier, tmp_pa
 
 def damage_nothing_there(run_):
     for path in checkpoint.steps(run_):
-        checkpoint._discard(path)
+        _io.discard(path)
 
 
 def damage_truncated(run_):

@@ -132,7 +132,7 @@ def _is_there(target: Path) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists() or _is_whole(target):
         return target.exists()
-    _discard(target)
+    _io.discard(target)
     return False
 
 
@@ -204,7 +204,7 @@ def _verified(path: Path, name: str, entry: dict[str, Any]) -> bytes:
         raise InputError(f"checkpoint {path}: {name} cannot be read: {error.strerror}") from None
     expected = entry.get("bytes") if isinstance(entry, dict) else None
     check(len(content) == expected, f"checkpoint {path}: {name} has {len(content)} bytes instead of {expected}")
-    check(_digest(content) == entry, f"checkpoint {path}: {name} is damaged, its SHA-256 does not match")
+    check(digest(content) == entry, f"checkpoint {path}: {name} is damaged, its SHA-256 does not match")
     return content
 
 
@@ -224,7 +224,7 @@ def _commit(target: Path, contents: dict[str, bytes], manifest: dict[str, Any], 
 def _written(folder: Path, contents: dict[str, bytes]) -> dict[str, Any]:
     for name, content in contents.items():
         _io.write(folder / name, content)
-    return {name: _digest(content) for name, content in contents.items()}
+    return {name: digest(content) for name, content in contents.items()}
 
 
 def _finish(unfinished: Path, target: Path, manifest: dict[str, Any]) -> None:
@@ -238,16 +238,9 @@ def _rotate(newest: Path, keep: int) -> None:
     kept = [path for path in others if path.name < newest.name][: keep - 1]
     for path in others:
         if path not in kept:
-            _discard(path)
+            _io.discard(path)
     for litter in newest.parent.glob(".unfinished-*"):
         _io.remove_tree(litter)
-
-
-def _discard(path: Path) -> None:
-    """Take the name away first, so that no half-removed directory is ever found under it."""
-    unfinished = _io.beside(path)
-    _io.rename(path, unfinished)
-    _io.remove_tree(unfinished)
 
 
 def _is_whole(path: Path) -> bool:
@@ -270,5 +263,6 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
     return found
 
 
-def _digest(content: bytes) -> dict[str, Any]:
+def digest(content: bytes) -> dict[str, Any]:
+    """What a manifest says of a file."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

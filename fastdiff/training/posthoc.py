@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastdiff import _io
 from fastdiff.errors import InputError, check
-from fastdiff.training.checkpoint import ALONE, MANIFEST
+from fastdiff.training.checkpoint import ALONE, MANIFEST, digest
 from fastdiff.training.distributed import Group
 from fastdiff.training.ema import Average, PowerEMA, gamma_of
 from fastdiff.training.parallel import whole_of
@@ -93,9 +93,7 @@ def forget(run: Path, step: int) -> None:
     """Remove the snapshots after ``step``, from which training goes on."""
     for folder in (run / FOLDER).glob("step-" + 8 * "[0-9]"):
         if int(folder.name.removeprefix("step-")) > step:
-            unfinished = _io.beside(folder)
-            _io.rename(folder, unfinished)
-            _io.remove_tree(unfinished)
+            _io.discard(folder)
 
 
 def _commit(
@@ -103,7 +101,7 @@ def _commit(
 ) -> None:
     """One file after the other, so that only one is ever in memory."""
     if target.exists():  # of a run that was resumed from before it
-        _io.rename(target, _io.beside(target))
+        _io.discard(target)
     for litter in target.parent.glob(".unfinished-*"):
         _io.remove_tree(litter)
     with _io.new_directory(target) as unfinished:
@@ -111,8 +109,7 @@ def _commit(
         for name, tensors in whole.items():
             content = safetensors.torch.save({key: _stored(key, value, dtype) for key, value in tensors.items()})
             _io.write(unfinished / f"{name}.safetensors", content)
-            digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            files[f"{name}.safetensors"] = {"sigma_rel": widths[name], **digest}
+            files[f"{name}.safetensors"] = {"sigma_rel": widths[name], **digest(content)}
         _io.write(unfinished / MANIFEST, _io.to_json({"step": step, "files": files}))
 
 
@@ -210,13 +207,13 @@ def _add_one(total: dict[str, Tensor], name: str, tensor: Tensor, share: float) 
 
 def _verify(each: Snapshot) -> None:
     """Every byte against the manifest, without holding them."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     try:
         with open(each.file, "rb") as file:
             while block := file.read(BLOCK):
-                digest.update(block)
+                found.update(block)
             size = file.tell()
     except OSError as error:
         raise InputError(f"snapshot {each.file} cannot be read: {error.strerror}") from None
-    whole = size == each.bytes and digest.hexdigest() == each.sha256
+    whole = size == each.bytes and found.hexdigest() == each.sha256
     check(whole, f"snapshot {each.file} is damaged: it is not what its {MANIFEST} says")
