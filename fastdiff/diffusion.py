@@ -26,7 +26,7 @@ from fastdiff.losses import (
 )
 from fastdiff.losses import LOSSES as LOSSES
 from fastdiff.ops import row as rows
-from fastdiff.ops.checks import check_clip, check_floating, check_same
+from fastdiff.ops.checks import check_clip, check_floating, check_same, is_finite
 from fastdiff.ops.step import VARIANCES
 from fastdiff.schedule import Schedule
 
@@ -194,7 +194,7 @@ class Diffusion:
         self, x0: Tensor, t: Tensor | None, seed: int, step: int, sample: Sequence[int] | Tensor | None
     ) -> Tensor:
         """Timesteps of the data, beside them; raises for data that cannot be trained on."""
-        finite = len(x0) > 0 and (not visible(x0) or bool(torch.isfinite(x0).all()))
+        finite = len(x0) > 0 and (not visible(x0) or is_finite(x0))
         check(finite, "x0 is empty or holds NaN or infinite values")
         if t is None:
             return self.draw_timesteps(len(x0), seed=seed, step=step, sample=sample, device=x0.device)
@@ -254,7 +254,7 @@ class Diffusion:
             the terms.
         """
         check_floating("x0", x0)
-        check(bool(torch.isfinite(x0).all()), "x0 holds NaN or infinite values")
+        check(is_finite(x0), "x0 holds NaN or infinite values")
         likelihood.check_decoder(decoder, x0)
         check_clip(clip)
         table = likelihood.bound_table(self.schedule, self.prediction, self.variance)
@@ -305,7 +305,7 @@ class Diffusion:
             total ``[N]`` and its part prior ``[N]``, bits per dimension; nats ``[N]``, ln p(x0), float64.
         """
         check_floating("x0", x0)
-        check(bool(torch.isfinite(x0).all()), "x0 holds NaN or infinite values")
+        check(is_finite(x0), "x0 holds NaN or infinite values")
         choose("solver", solver, likelihood.SOLVERS)
         choose("divergence", divergence, likelihood.DIVERGENCES)
         choose("noise", noise, likelihood.NOISES)

@@ -26,7 +26,7 @@ from fastdiff.diffusion import network_output
 from fastdiff.errors import check, choose
 from fastdiff.likelihood import spread
 from fastdiff.ops import row as rows
-from fastdiff.ops.checks import check_floating, check_same
+from fastdiff.ops.checks import check_floating, check_same, is_finite
 from fastdiff.schedule import Schedule
 
 TOLD = 1000.0  # what a network is told at the noisy end that the schedule starts with
@@ -151,7 +151,7 @@ def variational_loss(
     """
     choose("prediction", prediction, rows.PREDICTIONS)
     check_floating("x0", x0)
-    check(len(x0) > 0 and bool(torch.isfinite(x0).all()), "x0 is empty or holds NaN or infinite values")
+    check(len(x0) > 0 and is_finite(x0), "x0 is empty or holds NaN or infinite values")
     likelihood.check_decoder(decoder, x0)
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
     words = low_discrepancy(len(x0), seed=seed, step=step, sample=sample, batch=batch, device=x0.device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.ops.checks import is_finite
 from fastdiff.training import checkpoint
 from fastdiff.training.distributed import Group
 
@@ -74,7 +75,7 @@ class Saver:
         """Nothing that is not finite is ever saved."""
         for file, named in tensors.items():
             for name, tensor in named.items():
-                if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not tensor.isfinite().all():
+                if not is_finite(tensor):
                     what = f"{file} {name} holds NaN or infinite values at training step {step}, which is not saved"
                     raise InputError(f"{what}; {last_checkpoint(self.run)}")
 
