@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastdiff import _io, noise
 from fastdiff.diffusion import Diffusion
 from fastdiff.errors import check
+from fastdiff.training.picture import mosaic, to_array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from fastdiff.metrics.evaluation import Result
-
-TILE = 64  # pixels that a small image is enlarged to, at least
 
 
 def require_matplotlib() -> None:
@@ -78,22 +76,13 @@ def _metric_curve(axis: Axes, over: str, points: list[tuple[int, Result]]) -> No
         axis.minorticks_off()
 
 
-def image_grid(path: Path, images: Tensor, columns: int = 10) -> None:
-    """uint8 images ``[N, C, H, W]`` side by side."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(_mosaic(images, columns)).save(buffer, "png")
-    _io.replace(path, buffer.getvalue())
-
-
 def labelled_grid(path: Path, rows: list[tuple[str, Tensor]], title: str) -> None:
     """One row of uint8 images ``[N, C, H, W]`` for each name."""
     columns = max(len(images) for _, images in rows)
     figure, axes = _figure(len(rows), columns, size=(0.62 * columns + 0.5, 0.62 * len(rows) + 0.5))
     for (name, images), line in zip(rows, axes, strict=True):
         for image, axis in zip(images, line, strict=False):
-            axis.imshow(_to_array(image), cmap="gray", vmin=0, vmax=255)
+            axis.imshow(to_array(image), cmap="gray", vmin=0, vmax=255)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     _bare(axes)
     figure.suptitle(title)
@@ -110,7 +99,7 @@ def noising_strip(path: Path, diffusion: Diffusion, x0: Tensor, to_raw: Any, tit
     ):
         axes[0, j].set_title(name, fontsize=8)
         for i, image in enumerate(images):
-            axes[i, j].imshow(_to_array(image), cmap="gray", vmin=0, vmax=255)
+            axes[i, j].imshow(to_array(image), cmap="gray", vmin=0, vmax=255)
     _bare(axes)
     figure.suptitle(title)
     _save(figure, path)
@@ -120,7 +109,7 @@ def animation(path: Path, frames: list[Tensor], columns: int = 10, milliseconds:
     """A GIF of uint8 images ``[N, C, H, W]``, the last frame held."""
     from PIL import Image
 
-    first, *others = [Image.fromarray(_mosaic(frame, columns)) for frame in frames]
+    first, *others = [Image.fromarray(mosaic(frame, columns)) for frame in frames]
     durations = [milliseconds] * len(others) + [25 * milliseconds]
     buffer = io.BytesIO()
     first.save(buffer, "gif", save_all=True, append_images=others, duration=durations, loop=0)
@@ -177,17 +166,3 @@ def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     _io.replace(path, buffer.getvalue())
-
-
-def _mosaic(images: Tensor, columns: int) -> Any:
-    """``[N, C, H, W]`` uint8 to one array ``[H', W']`` or ``[H', W', 3]``, small images enlarged without blur."""
-    from torchvision.utils import make_grid
-
-    scale = max(1, -(-TILE // images.shape[-1]))
-    large = F.interpolate(images.float(), scale_factor=float(scale), mode="nearest").byte()
-    return _to_array(make_grid(large, nrow=columns, padding=2, pad_value=255)[: images.shape[1]])
-
-
-def _to_array(image: Tensor) -> Any:
-    """``[C, H, W]`` to ``[H, W]`` for one channel, else ``[H, W, 3]``."""
-    return image[0].numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy()

@@ -34,6 +34,7 @@ from fastdiff.training.checkpoint import FOLDER
 from fastdiff.training.config import PRECISIONS, option
 from fastdiff.training.data import points
 from fastdiff.training.distributed import Group, on_processes, placed, together
+from fastdiff.training.picture import image_grid
 from fastdiff.training.run import ClassifierRun, Run, load_classifier, load_run
 
 #: defaults for points, which are small and come in clouds
@@ -136,7 +137,7 @@ def _write(request: Request, run: Run, config: SampleConfig, drawn: Drawn, secon
     if drawn.samples.ndim == 2:
         _draw_points(place / "samples.png", run, drawn)
     else:
-        figures.image_grid(place / "samples.png", drawn.samples[:100])
+        image_grid(place / "samples.png", drawn.samples[:100])
     settings = {
         **asdict(config),
         "checkpoint": str(request.checkpoint),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastdiff import _io
 from fastdiff.metrics.evaluation import share
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 IMAGES, POINTS, STEPS = 64, 4096, 25
 FOLDER = "pictures"
+TILE = 64  # pixels that a small image is enlarged to, at least
 CELLS = 128  # of a side of a histogram of points
 
 
@@ -45,8 +48,8 @@ def draw(trainer: Trainer) -> None:
     parts = group.everyone(None if x is None else data.to_raw(x).cpu())
     if group.is_first:
         raw = torch.cat([part for part in parts if part is not None])
-        picture = _histogram(raw) if data.is_points else raw
-        _io.replace(trainer.run / FOLDER / f"step-{trainer.step:08d}.png", _png(picture))
+        path = trainer.run / FOLDER / f"step-{trainer.step:08d}.png"
+        image_grid(path, _histogram(raw) if data.is_points else raw, columns=8)
 
 
 def _histogram(points: Tensor) -> Tensor:
@@ -57,9 +60,24 @@ def _histogram(points: Tensor) -> Tensor:
     return shown.flip(0).to(torch.uint8)[None, None]
 
 
-def _png(images: Tensor) -> bytes:
-    from torchvision.utils import make_grid, save_image
+def image_grid(path: Path, images: Tensor, columns: int = 10) -> None:
+    """uint8 images ``[N, C, H, W]`` side by side."""
+    from PIL import Image
 
-    buffer: Any = io.BytesIO()
-    save_image(make_grid(images.float() / 255, nrow=8), buffer, format="png")
-    return bytes(buffer.getvalue())
+    buffer = io.BytesIO()
+    Image.fromarray(mosaic(images, columns)).save(buffer, "png")
+    _io.replace(path, buffer.getvalue())
+
+
+def mosaic(images: Tensor, columns: int) -> Any:
+    """``[N, C, H, W]`` uint8 to one array ``[H', W']`` or ``[H', W', 3]``, small images enlarged without blur."""
+    from torchvision.utils import make_grid
+
+    scale = max(1, -(-TILE // images.shape[-1]))
+    large = F.interpolate(images.float(), scale_factor=float(scale), mode="nearest").byte()
+    return to_array(make_grid(large, nrow=columns, padding=2, pad_value=255)[: images.shape[1]])
+
+
+def to_array(image: Tensor) -> Any:
+    """``[C, H, W]`` to ``[H, W]`` for one channel, else ``[H, W, 3]``."""
+    return image[0].numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy()
