@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from train_tools import write_model
 
 from fastdiff.cli import main
@@ -69,6 +71,27 @@ def test_bad_input_is_one_line_of_one_process(tmp_path, arguments, message) -> N
 def test_options_are_checked(tmp_path, capsys, option, value) -> None:
     assert run("train", "--out", tmp_path / "out", option, value) == 2
     assert str(value) in capsys.readouterr().err
+
+
+def test_corrupt_images_end_training_or_are_replaced_and_named(tmp_path, capsys) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(6):
+        Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(images / f"{i}.png")
+    for i in (0, 3):
+        (images / f"{i}.png").write_bytes(b"no image")
+    model = write_model(tmp_path, num_classes=None)
+    common = ("train", "--data", f"folder:{images}", "--model", model, "--batch", 6, "--train-steps", 2)
+    assert run(*common, "--out", tmp_path / "fail") == 2
+    assert "0.png cannot be read" in capsys.readouterr().err
+    for workers in (0, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert run(*common, "--corrupt", "skip", "--out", tmp_path / f"skip-{workers}", "--workers", workers) == 0
+        warned = capsys.readouterr().err
+        assert [warned.count(f"{i}.png cannot be read: the next") for i in range(6)] == [1, 0, 0, 1, 0, 0]
+    first, second = (checkpoint.load(tmp_path / f"skip-{workers}").files for workers in (0, 1))
+    assert first == second
 
 
 def test_resume_may_stand_alone_or_wait_for_a_run(tmp_path, capsys) -> None:

@@ -84,8 +84,9 @@ def _train(request: Request) -> int:
     given, device = request.given, placed(request.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    corrupt = given.get("corrupt", TrainConfig.corrupt)
     with ops.backend(request.backend):
-        data = first_alone(lambda: load(request.data, image_size=request.image_size))
+        data = first_alone(lambda: load(request.data, image_size=request.image_size, corrupt=corrupt))
         config = together(lambda: TrainConfig.by_model(data, **given))
         if request.classifier:
             kind = model_config(given["model"], data).get("type")

@@ -13,12 +13,10 @@ from fastdiff.schedule import Schedule
 LEARNED = "learned"  #: the name of a schedule that is trained with the network, as its module ``learned_schedule``
 
 
-def attach_schedule(model: nn.Module, settings: dict[str, Any]) -> LearnedSchedule | None:
+def attach_schedule(model: nn.Module, settings: dict[str, Any]) -> None:
     """Give a model the schedule that is trained with it, if these settings say so."""
-    if settings["name"] != LEARNED:
-        return None
-    model.learned_schedule = learned = LearnedSchedule().to(next(model.parameters()).device)
-    return learned
+    if settings["name"] == LEARNED:
+        model.learned_schedule = LearnedSchedule().to(next(model.parameters()).device)
 
 
 def starting_schedule(settings: dict[str, Any]) -> Schedule:

@@ -32,7 +32,7 @@ from fastdiff.training.order import Order
 from fastdiff.training.parallel import Parallel, is_split, part_of, split_like, whole_of
 from fastdiff.training.picture import draw
 from fastdiff.training.presets import build_model, model_config
-from fastdiff.training.process import attach_schedule
+from fastdiff.training.process import LEARNED, attach_schedule
 from fastdiff.training.saving import Saver, Signals, Tensors, last_checkpoint
 
 #: settings that a classifier has no use for
@@ -72,9 +72,7 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.run, self.device = config, data, run, torch.device(device)
         self.operation, self.group = operation, Group.of_all()
-        powers = "power:" in config.ema or not operation.snapshot_every
-        check(powers, f"snapshots are of power-function averages, for instance --ema {config.ema},power:0.05")
-        check(config.batch >= self.group.world, f"{self.group.world} processes cannot share a batch of {config.batch}")
+        _check_operation(config, operation, self.group.world)
         self.positions = share(config.batch, self.group.rank, self.group.world)
         self.diffusion = config.diffusion()
         self.description = _description(config, data)
@@ -82,9 +80,7 @@ class Trainer:
         with torch.random.fork_rng([]):
             torch.manual_seed(config.seed)
             self.model = build_model(self.description["model"]).to(self.device)
-        learned = attach_schedule(self.model, self.description["diffusion"]["schedule"])
-        split = learned is not None and self.group.world > 1 and operation.parallel == "fsdp"
-        check(not split, "a learned schedule is not trained with --parallel fsdp: take ddp")
+        attach_schedule(self.model, self.description["diffusion"]["schedule"])
         if saved:
             saved.load_into(self.model, "model")
         else:
@@ -223,11 +219,12 @@ class Trainer:
 
     @torch.no_grad()
     def _try_model(self) -> None:
-        """Evaluate the loss of one sample, so that a model that does not fit ends before anything is written."""
-        x, y = self.data.batch(torch.zeros(1, dtype=torch.int64))
+        """Evaluate the loss of a blank sample, so that a model that does not fit ends before anything is written."""
+        x, first = torch.zeros(1, *self.data.shape, device=self.device), torch.zeros(1, dtype=torch.int64)
+        y = None if self.data.source.y is None else first.to(self.device)
         self.model.eval()
         trial = Objective(self.config, self.model, self.model, self.diffusion, self.data)
-        trial(x.to(self.device), None if y is None else y.to(self.device), torch.zeros(1, dtype=torch.int64), 0)
+        trial(x, y, first, 0)
 
     def _loader(self) -> Loader:
         config, groups = self.config, self.data.source.groups
@@ -295,6 +292,14 @@ def _description(config: TrainConfig, data: Data) -> dict[str, Any]:
     schedule = config.schedule_settings()
     process = {"schedule": schedule, "prediction": config.prediction, "variance": config.variance}
     return {"data": data.to_json(), "model": model, "diffusion": process, "training": asdict(config)}
+
+
+def _check_operation(config: TrainConfig, operation: Operation, world: int) -> None:
+    powers = "power:" in config.ema or not operation.snapshot_every
+    check(powers, f"snapshots are of power-function averages, for instance --ema {config.ema},power:0.05")
+    check(config.batch >= world, f"{world} processes cannot share a batch of {config.batch}")
+    whole = config.schedule != LEARNED or operation.parallel != "fsdp" or world == 1
+    check(whole, "a learned schedule is not trained with --parallel fsdp: take ddp")
 
 
 def _check_classifier(config: TrainConfig) -> None:
