@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +256,16 @@ def test_skipped_and_named_once(damaged):
         assert torch.equal(torch.cat(parts, 1), expected)
         assert all(len(set(names)) == len(names) for names in named)
         assert {name for names in named for name in names} == set(bad)
+    (whole,) = make(data, 12, workers=1, corrupt="skip").batches(0, 1)
+    assert sorted(whole.skipped) == bad
+
+
+def test_many_in_a_row_are_no_accident(damaged, monkeypatch):
+    data, bad = damaged
+    monkeypatch.setattr(module, "TRIES", 2)
+    with pytest.raises(InputError) as caught:
+        list(make(data, 12, workers=0, corrupt="skip").batches(0, 1))
+    assert str(caught.value) == f"none of 2 images from {bad[1]} on can be read"
 
 
 def test_labels_are_those_of_the_image_taken(tmp_path):
@@ -285,16 +295,13 @@ def test_first_images_that_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_readable(tmp_path, monkeypatch, workers):
+def test_nothing_readable(tmp_path, workers):
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(picture(i))
     data = load(f"folder:{tmp_path}")
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(b"")
     with pytest.raises(InputError, match=rf"none of 5 images from {tmp_path}/\d.png on can be read"):
-        list(make(data, workers=workers, corrupt="skip").batches(0, 1))
-    monkeypatch.setattr(module, "TRIES", 3)
-    with pytest.raises(InputError, match=rf"none of 3 images from {tmp_path}/\d.png on can be read"):
         list(make(data, workers=workers, corrupt="skip").batches(0, 1))
 
 
@@ -454,10 +461,23 @@ def test_death_while_nobody_waits(monkeypatch):
             list(batches)
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("spawn", "forkserver"))]
+)
 def test_signals_that_the_trainer_saves_on(sets, method):
-    """They may go to all processes of a run: workers go on, from their first moment."""
+    """They may go to all processes of a run: workers go on, from their first moment, but those of a server."""
     expected = read(make(sets["folder"], workers=0), 0, 50)
+    for _ in range(3):
+        batches = make(sets["folder"], workers=2, start_method=method).batches(0, 50)
+        with nullcontext() if method == "forkserver" else disturbed():
+            first = next(batches)
+        with disturbed():
+            found = [first, *batches]
+        assert_same([torch.stack([batch[i] for batch in found]) for i in (0, 1)], expected)
+
+
+@contextmanager
+def disturbed():
     stop = threading.Event()
 
     def disturb():
@@ -470,11 +490,21 @@ def test_signals_that_the_trainer_saves_on(sets, method):
     thread = threading.Thread(target=disturb)
     thread.start()
     try:
-        for _ in range(3):
-            assert_same(read(make(sets["folder"], workers=2, start_method=method), 0, 50), expected)
+        yield
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_other_processes_hear_signals(sets, method):
+    read(make(sets["folder"], workers=1, start_method=method), 0, 3)
+    process = multiprocessing.get_context(method).Process(target=time.sleep, args=(100,))
+    process.start()
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_workers_have_one_thread():

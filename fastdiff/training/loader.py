@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,8 +27,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from fastdiff import noise
 from fastdiff.errors import InputError, check, choose
 from fastdiff.training.data import Data
-from fastdiff.training.images import POLICIES as POLICIES
-from fastdiff.training.images import one_line
+from fastdiff.training.images import POLICIES, one_line
 from fastdiff.training.order import Order
 
 AUGMENTS = ("none", "flip")
@@ -327,10 +327,14 @@ def _running(loader: DataLoader[Any]) -> Iterator[Any]:
 def _start(loader: DataLoader[Any]) -> Any:
     """Start the workers; they inherit that signals wait, until they ignore them.
 
-    Torch's handler of SIGCHLD is taken away again: it raises an exception in whatever is running when a worker dies.
+    Not from a server that forks: it would pass that on to other processes of other people, too. Torch's handler of
+    SIGCHLD is taken away again: it raises an exception in whatever is running when a worker dies.
     """
     handler, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+    method = (loader.multiprocessing_context or multiprocessing).get_start_method()
+    if method == "spawn":
+        resource_tracker.ensure_running()  # else it is started next, and lets signals through again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, () if method == "forkserver" else IGNORED)
     try:
         return iter(loader)
     except BaseException as error:
