@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def test_a_killed_process_costs_nothing_that_was_committed(whole, tmp_path, whos
         send(ranks(job)[whose], signal.SIGKILL)
         status, output = finished(job)
     assert status == 0, output
-    assert before <= STEPS
+    reached = [int(number) for number in re.findall(rf"training: (\d+)/{STEPS}", output)]
+    assert reached[-1] == STEPS
+    assert all(reached.count(number) == 1 for number in reached if number <= before)  # not trained again
     same(tmp_path, straight)
 
 

@@ -16,7 +16,8 @@ from fastdiff.errors import check
 from fastdiff.metrics.evaluation import STATISTICS, FeatureSet, share
 from fastdiff.metrics.statistics import read_arrays
 from fastdiff.training import checkpoint
-from fastdiff.training.data import ENDINGS, NAMES, Data, images_below, load, open_image, resize
+from fastdiff.training.data import NAMES, Data, load
+from fastdiff.training.images import ENDINGS, images_below, open_image, resize
 from fastdiff.training.run import load_run
 
 CONVENTION = 50_000  # samples that an FID is usually of

@@ -14,7 +14,8 @@ from fastdiff.ops.step import VARIANCES
 from fastdiff.schedule import SCHEDULES
 from fastdiff.training.data import Description
 from fastdiff.training.ema import check_averages
-from fastdiff.training.loader import AUGMENTS, POLICIES
+from fastdiff.training.images import POLICIES
+from fastdiff.training.loader import AUGMENTS
 from fastdiff.training.presets import PRESETS, RECIPES, preset
 from fastdiff.training.process import LEARNED, starting_schedule
 from fastdiff.training.timesteps import SAMPLERS

@@ -16,11 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.errors import InputError, check, choose
-from fastdiff.training.images import ENDINGS as ENDINGS
-from fastdiff.training.images import POLICIES, Files, Folder, Squares, reading
-from fastdiff.training.images import images_below as images_below
-from fastdiff.training.images import open_image as open_image
-from fastdiff.training.images import resize as resize
+from fastdiff.losses import brought
+from fastdiff.training.images import ENDINGS, POLICIES, Files, Folder, Squares, images_below, reading, resize
 from fastdiff.training.shards import load_shards
 
 POINTS = 1024 * 128  #: in a 2-D training set
@@ -101,7 +98,8 @@ class Description:
         return raw if self.is_points else raw.round().clamp(0, 255).to(torch.uint8)
 
     def _per_channel(self, values: Sequence[float], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, *[1] * (len(self.shape) - 1))
+        column = torch.tensor(values, dtype=torch.float32).view(-1, *[1] * (len(self.shape) - 1))
+        return brought(column, like.device)
 
 
 @dataclass(frozen=True, eq=False)

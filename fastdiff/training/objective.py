@@ -52,6 +52,7 @@ class Objective:
         self.table = LossTable(len(diffusion.schedule), self.device, bins=min(BINS, len(diffusion.schedule)))
         self._network, self._decoder = network, "gaussian" if data.is_points else "discrete"
         self._learned: LearnedSchedule | None = getattr(model, "learned_schedule", None)
+        self._keeps_table = self._learned is None and not isinstance(model, Classifier)
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor, y: Tensor | None, positions: Tensor, step: int) -> Values:
@@ -99,9 +100,12 @@ class Objective:
 
     def by_timestep(self) -> dict[str, list[float]]:
         """The mean loss by tenths of the timesteps since this was asked last, of all processes; nothing without."""
-        table, self.table = self.table, LossTable(self.table.timesteps, self.device, bins=self.table.bins)
-        summed(table.totals)
-        return {"loss_by_timestep": table.means()} if float(table.totals[1].sum()) else {}
+        if not self._keeps_table:
+            return {}
+        summed(self.table.totals)
+        means = self.table.means()
+        self.table.reset()
+        return {"loss_by_timestep": means}
 
     def _conditions(self, y: Tensor | None) -> dict[str, Tensor]:
         """What the model is given beside x and t: labels, if there are any and it takes them."""
@@ -113,6 +117,6 @@ class Objective:
             return cond
         where: dict[str, Any] = {"step": step, "sample": positions, "stream": noise.Stream.DROPOUT}
         words = noise.uniform_words(len(positions), seed=self.config.seed, **where)
-        dropped = (words < self.config.label_dropout * 2**32).to(self.device)
+        dropped = brought(words < self.config.label_dropout * 2**32, self.device)
         null = self.model.null_condition(cond)  # type: ignore[operator]
         return {name: torch.where(dropped, null[name], value) for name, value in cond.items()}
