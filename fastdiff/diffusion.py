@@ -246,7 +246,7 @@ class Diffusion:
             clip: bound of the estimate of x0, None for no bound.
             seed, sample: address of the noise; timestep t of sample k sees noise (seed, k, t).
             batch: how many (sample, timestep) pairs go through the network at once; default, as many as hold a
-                quarter of a million numbers (85 images of 3x32x32), at most 4096.
+                quarter of a million numbers (85 images of 3x32x32), on a CPU half of that, at most 4096.
             cond: tensors with one row per sample, or anything else passed on as it is.
 
         Returns:

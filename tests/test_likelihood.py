@@ -367,8 +367,10 @@ def test_by_default_a_quarter_of_a_million_numbers_go_through_the_network_at_onc
 
     diffusion = fd.Diffusion(fd.Schedule.linear(600), "sample")
     diffusion.bits_per_dim(model, torch.zeros(2, 3, 16, 16))
-    assert sizes == [AT_ONCE // 768] * 3 + [1200 - 3 * (AT_ONCE // 768)]
-    assert batch_size(None, torch.zeros(1, 3, 32, 32)) == 85
+    most = AT_ONCE // 2 // 768
+    assert sizes == [most] * 7 + [1200 - 7 * most]
+    assert batch_size(None, torch.zeros(1, 3, 32, 32)) == 42
+    assert batch_size(None, torch.zeros(1, 3, 32, 32, device="meta")) == 85
     assert batch_size(None, torch.zeros(1, 2)) == MOST
     assert batch_size(None, torch.zeros(1, 3, 1, 1).expand(1, 3, 512, 512)) == 1
 
