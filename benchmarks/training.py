@@ -132,7 +132,7 @@ def parts(made: Trainer) -> dict[str, float]:
         "data": lambda: made.data.scale(next(batches).x.to(device)),
         "network": partial(backward, network),
         "network_and_objective": partial(backward, forward),
-        "clip": lambda: nn.utils.clip_grad_norm_(made.model.parameters(), 1.0),
+        "norm": lambda: nn.utils.get_total_norm([p.grad for p in made.model.parameters()]),
         "optimizer": made.optimizer.step,
         "ema": lambda: [average.update(made.model, 0) for average in made.averages.values()],
     }

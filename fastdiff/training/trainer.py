@@ -170,12 +170,15 @@ class Trainer:
         """
         self.optimizer.zero_grad()
         values = self._backward(step, batch)
-        norm = whole_of(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)).double()
-        sums = torch.stack([*(value.double().sum() for value in values.values()), torch.full_like(norm, stop)])
-        *found, stops, grad_norm = torch.cat((summed(sums), norm[None])).tolist()
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        whole = whole_of(norm).double()
+        sums = torch.stack([*(value.double().sum() for value in values.values()), torch.full_like(whole, stop)])
+        *found, stops, grad_norm = torch.cat((summed(sums), whole[None])).tolist()
         row = {name: total / self.config.batch for name, total in zip(values, found, strict=True)}
         row |= {"grad_norm": grad_norm, "learning_rate": self.config.learning_rate_at(step)}
         if _is_finite(row):
+            if grad_norm > self.config.clip_grad:  # most are not, and need no pass to be multiplied by one
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_grad, norm)
             self._update(step, row["learning_rate"])
             self.objective.learn()
         else:
