@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed
-from train_tools import images, write_model
+from train_tools import images, spoil, write_model
 
 from fastdiff import InputError
 from fastdiff.training import checkpoint
@@ -199,24 +199,7 @@ def test_signals_at_any_moment_save_the_step_they_meet(folder, count) -> None:
 def spoilt(folder: Path, run: Path, kind: str, step: int, whose: int, bad: float) -> int:
     """A life in which something is not finite at a step in one process."""
     made = trainer(folder, run)
-    original, compute = made.train_step, made.objective.__class__.__call__
-
-    def train_step(i: int, batch: Any, **how: Any) -> dict[str, Any]:
-        if i != step or rank() != whose:
-            return original(i, batch, **how)
-        weight = next(iter(made.model.parameters()))
-        if kind == "optimizer":
-            made.optimizer.state[weight]["exp_avg"].fill_(bad)
-        handles = [weight.register_hook(lambda gradient: gradient * bad)] if kind == "gradient" else []
-        if kind == "loss":
-            made.objective.__class__.__call__ = lambda *a: {"loss": compute(*a)["loss"] * bad}  # type: ignore[method-assign]
-        row = original(i, batch, **how)
-        made.objective.__class__.__call__ = compute  # type: ignore[method-assign]
-        for handle in handles:
-            handle.remove()
-        return row
-
-    made.train_step = train_step  # type: ignore[method-assign]
+    spoil(made, kind, step, whose, bad)
     return 0 if made.train() else Signals.STATUS
 
 

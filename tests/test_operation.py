@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_tools import cloud, images, on, write_model
+from train_tools import cloud, images, on, spoil, write_model
 
 from fastdiff import InputError, _io
 from fastdiff.training import checkpoint, saving
@@ -33,23 +33,7 @@ def injected(argument: tuple[dict[str, Any], Path, str, int, int, float]) -> tup
     settings, run, kind, step, whose, bad = argument
     torch.set_num_threads(1)
     trainer = Trainer(TrainConfig(**settings), images(), run)
-    original, objective = trainer.train_step, trainer.objective.__class__.__call__
-
-    def train_step(i: int, batch: Any, **how: Any) -> dict[str, Any]:
-        if i != step or rank() != whose:
-            return original(i, batch, **how)
-        weight = next(iter(trainer.model.parameters()))
-        handles = [weight.register_hook(lambda gradient: gradient * bad)] if kind == "gradient" else []
-        if kind == "loss":
-            trainer.objective.__class__.__call__ = lambda *a: {"loss": objective(*a)["loss"] * bad}  # type: ignore[method-assign]
-        try:
-            return original(i, batch, **how)
-        finally:
-            trainer.objective.__class__.__call__ = objective  # type: ignore[method-assign]
-            for handle in handles:
-                handle.remove()
-
-    trainer.train_step = train_step  # type: ignore[method-assign]
+    spoil(trainer, kind, step, whose, bad)
     rows = [math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in trainer.steps()]
     tensors = [*trainer.model.state_dict().values(), *trainer.averages["0.999"].tensors.values()]
     return rows, all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.training.data import Data, from_tensor
-from fastdiff.training.distributed import on_processes
+from fastdiff.training.distributed import on_processes, rank
+from fastdiff.training.loader import Batch
+from fastdiff.training.objective import Objective
+from fastdiff.training.trainer import Trainer
 
 #: with dropout, so that there is a random generator to lose
 TINY = {
@@ -59,3 +62,26 @@ def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """The largest difference of tensors by name, relative to the largest value of each."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=1e-12)) for name in a)
+
+
+def spoil(trainer: Trainer, kind: str, step: int, whose: int, bad: float) -> None:
+    """Make a loss, a gradient or the optimiser's state of one process bad at a step."""
+    original, compute = trainer.train_step, Objective.__call__
+
+    def train_step(i: int, batch: Batch, **how: Any) -> dict[str, Any]:
+        if i != step or rank() != whose:
+            return original(i, batch, **how)
+        weight = next(iter(trainer.model.parameters()))
+        if kind == "optimizer":
+            trainer.optimizer.state[weight]["exp_avg"].fill_(bad)
+        handles = [weight.register_hook(lambda gradient: gradient * bad)] if kind == "gradient" else []
+        if kind == "loss":
+            Objective.__call__ = lambda *a: {"loss": compute(*a)["loss"] * bad}  # type: ignore[method-assign]
+        try:
+            return original(i, batch, **how)
+        finally:
+            Objective.__call__ = compute  # type: ignore[method-assign]
+            for handle in handles:
+                handle.remove()
+
+    trainer.train_step = train_step  # type: ignore[method-assign]

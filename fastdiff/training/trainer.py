@@ -177,7 +177,7 @@ class Trainer:
         row = {name: total / self.config.batch for name, total in zip(values, found, strict=True)}
         row |= {"grad_norm": grad_norm, "learning_rate": self.config.learning_rate_at(step)}
         if _is_finite(row):
-            if grad_norm > self.config.clip_grad:  # most are not, and need no pass to be multiplied by one
+            if grad_norm > self.config.clip_grad:  # shorter ones need no pass that multiplies by one
                 nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_grad, norm)
             self._update(step, row["learning_rate"])
             self.objective.learn()
