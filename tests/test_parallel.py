@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from train_tools import far, images, on, write_model
 
 from fastdiff import InputError
@@ -137,6 +138,22 @@ def test_everyone_hears_everyone() -> None:
     assert parts == [[0.0], [0.0, 1.0], [0.0, 1.0, 2.0]]
     assert total == [3.0, 3.0]
     assert words == ["rank 0 of 3", "rank 1 of 3", "rank 2 of 3"]
+
+
+def waits_in_vain(_: Any) -> str:
+    group, said = Group.of_all(apart=True, timeout=timedelta(seconds=1)), ""
+    if rank() == 0:
+        try:
+            group.everyone(0)
+        except RuntimeError as error:
+            said = str(error)
+    distributed.barrier()
+    return said
+
+
+def test_nobody_waits_longer_than_the_timeout() -> None:
+    """With torch's own half an hour, a process that hangs while a checkpoint is written is not noticed."""
+    assert "1000ms" in on(2, waits_in_vain, None)
 
 
 def half_written(run: Path) -> str:

@@ -35,11 +35,15 @@ class Group:
     handle: Any = None  # of torch.distributed; None for all processes
 
     @classmethod
-    def of_all(cls, *, apart: bool = False) -> Group:
-        """All processes that there are; ``apart``, over connections of their own, for use in another thread."""
+    def of_all(cls, *, apart: bool = False, timeout: timedelta | None = None) -> Group:
+        """All processes that there are; ``apart``, over connections of their own, for use in another thread.
+
+        Args:
+            timeout: of those connections, how long a process waits for another one; by default half an hour.
+        """
         if world() == 1:
             return cls()
-        return cls(rank(), world(), distributed.new_group(backend="gloo") if apart else None)
+        return cls(rank(), world(), distributed.new_group(backend="gloo", timeout=timeout) if apart else None)
 
     @property
     def is_first(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -27,11 +28,14 @@ class Saver:
         background: write in another thread, from copies that are made before :meth:`save` returns. What goes wrong
             there is raised by the next call.
         sharded: whether each process holds parts of the tensors, see :func:`checkpoint.save`.
+        timeout: how long a process waits for the others to write theirs.
     """
 
-    def __init__(self, run: Path, *, keep: int, background: bool, sharded: bool) -> None:
+    def __init__(
+        self, run: Path, *, keep: int, background: bool, sharded: bool, timeout: timedelta | None = None
+    ) -> None:
         self.run, self._keep, self._sharded = run, keep, sharded
-        self._group = Group.of_all(apart=background)
+        self._group = Group.of_all(apart=background, timeout=timeout)
         self._thread = ThreadPoolExecutor(1, "checkpoints") if background else None
         self._writing: Future[None] | None = None
         self._copies: Tensors = {}

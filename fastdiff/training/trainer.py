@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,9 @@ class Trainer:
             InputError: ``patience`` steps in a row had a loss or a gradient that is not finite; none of them has
                 changed anything. What the data, or saving, have to say.
         """
-        config, keep, background = self.config, self.operation.keep, self.operation.background
-        how: dict[str, Any] = {"keep": keep, "background": background, "sharded": self.parallel.sharded}
+        config, operation = self.config, self.operation
+        how: dict[str, Any] = {"keep": operation.keep, "background": operation.background}
+        how |= {"sharded": self.parallel.sharded, "timeout": timedelta(seconds=operation.timeout)}
         shown: dict[str, Any] = {"start": self.step, "enabled": self.group.is_first}
         with Signals() as signals, Saver(self.run, **how) as saver, closing(self.steps(signals)) as steps:
             for row in progress(steps, config.train_steps, "training", **shown):
