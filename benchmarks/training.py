@@ -27,7 +27,7 @@ from benchmarks.harness import Bind, Call, Case, Peer
 from benchmarks.sampling import once
 from benchmarks.unet import BF16, LAST, TOLERANCE, _name, _product, make_network, our_network
 from fastdiff import _io
-from fastdiff.training.config import TrainConfig
+from fastdiff.training.config import Operation, TrainConfig
 from fastdiff.training.data import from_tensor
 from fastdiff.training.loader import Batch
 from fastdiff.training.trainer import Trainer
@@ -42,11 +42,12 @@ Network = Callable[[], Any]
 def cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
     for count in (2,) if quick else (128, 512) if device.type == "cuda" else (8,):
         for dtype in (BF16,) if quick else (torch.float32, BF16):
-            yield case(count, dtype, partial(make_network, device, quick), device)
+            for graph in (False, True) if device.type == "cuda" else (False,):
+                yield case(count, dtype, partial(make_network, device, quick), device, graph)
 
 
-def case(count: int, dtype: torch.dtype, network: Network, device: torch.device) -> Case:
-    ours = cache(lambda: trainer(network, count, dtype, device))
+def case(count: int, dtype: torch.dtype, network: Network, device: torch.device, graph: bool) -> Case:
+    ours = cache(lambda: trainer(network, count, dtype, device, graph))
     bf16 = dtype == BF16
     peers = [Peer("diffusers example, float32", partial(_peer, network, bf16=False), None)]
     if bf16:
@@ -55,7 +56,7 @@ def case(count: int, dtype: torch.dtype, network: Network, device: torch.device)
         Peer("diffusers example, compiled", partial(_peer, network, bf16=bf16, compiled=True), None, slow=True)
     )
     return Case(
-        name=f"training step, {_name(dtype)}, {count}x3x{SIDE}x{SIDE}",
+        name=f"training step{' as one graph' if graph else ''}, {_name(dtype)}, {count}x3x{SIDE}x{SIDE}",
         shape=(count, 3, SIDE, SIDE),
         reads=1,
         writes=0,
@@ -71,7 +72,7 @@ def case(count: int, dtype: torch.dtype, network: Network, device: torch.device)
 # ---- ours -------------------------------------------------------------------------------------
 
 
-def trainer(network: Network, count: int, dtype: torch.dtype, device: torch.device) -> Trainer:
+def trainer(network: Network, count: int, dtype: torch.dtype, device: torch.device, graph: bool) -> Trainer:
     """Of the same network and weights, on images in memory."""
     with torch.random.fork_rng([]):
         images = torch.randint(0, 256, (4 * count, 3, SIDE, SIDE), dtype=torch.uint8)
@@ -80,7 +81,8 @@ def trainer(network: Network, count: int, dtype: torch.dtype, device: torch.devi
     (folder / "model.json").write_bytes(_io.to_json({"type": "unet", **unet.config}))
     settings: dict[str, Any] = {"precision": "bf16" if dtype == BF16 else "fp32", "prediction": "epsilon"}
     settings |= {"learning_rate": RATE, "schedule": "linear", "batch": count, "model": str(folder / "model.json")}
-    made = Trainer(TrainConfig(**settings), from_tensor("noise", images), folder / "run", device=device)
+    how: dict[str, Any] = {"device": device, "operation": Operation(graph=graph)}
+    made = Trainer(TrainConfig(**settings), from_tensor("noise", images), folder / "run", **how)
     made.model.load_state_dict(unet.state_dict())
     made.model.train()
     return made
@@ -117,7 +119,7 @@ def parts(made: Trainer) -> dict[str, float]:
     places = torch.arange(len(x))
 
     def forward() -> Tensor:
-        return made.objective(x, None, places, 0)["loss"].mean()
+        return made.objective(x, None, places, 0).values["loss"].mean()
 
     def network() -> Tensor:
         with torch.autocast(device.type, BF16, enabled=made.config.precision == "bf16"):
@@ -126,7 +128,6 @@ def parts(made: Trainer) -> dict[str, float]:
     def backward(loss: Callable[[], Tensor]) -> None:
         made.optimizer.zero_grad()
         loss().backward()
-        made.objective.forget()
 
     calls: dict[str, Call] = {
         "data": lambda: made.data.scale(next(batches).x.to(device)),

@@ -19,6 +19,7 @@ from fastdiff.losses import (
     Tables,
     bound,
     brought,
+    check_data,
     check_says_x0,
     decoder_of_variance,
     timestep_words,
@@ -63,7 +64,7 @@ class Diffusion:
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha_t x0 + sigma_t noise, in x0's shape and dtype (Ho et al. 2020, eq. 4)."""
-        alpha, sigma = self._levels(t, x0)
+        alpha, sigma = self.levels(t, x0)
         return ops.add_noise(x0, alpha, sigma, noise)
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,6 +80,11 @@ class Diffusion:
         mean = spread(a, x0) * x_t + spread(b, x0) * x0
         return mean, spread(variance, x0), spread(log_variance, x0)
 
+    def levels(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t, float64 ``[N]`` on x's device."""
+        t = self._checked(t, x)
+        return self._at("alpha", t), self._at("sigma", t)
+
     def convert(self, value: Tensor, x_t: Tensor, t: Tensor, to: str, *, source: str | None = None) -> Tensor:
         """Turn a prediction of type ``source`` (default: this diffusion's) into type ``to``.
 
@@ -88,7 +94,7 @@ class Diffusion:
         check_floating("value", value)
         check_same("x_t", x_t, value)
         choose("prediction", to, rows.PREDICTIONS)
-        alpha, sigma = self._levels(t, value)
+        alpha, sigma = self.levels(t, value)
         p, q = (spread(c, value) for c in finite_x0(source or self.prediction, alpha, sigma))
         f, g = (spread(c, value) for c in rows.target(to, alpha, sigma))
         x0 = p * x_t + q * value
@@ -102,7 +108,7 @@ class Diffusion:
         """What the network should give for x_t made of ``x0`` and ``noise``."""
         check_floating("x0", x0)
         check_same("noise", noise, x0)
-        f, g = rows.target(self.prediction, *self._levels(t, x0))
+        f, g = rows.target(self.prediction, *self.levels(t, x0))
         return spread(f, x0) * x0 + spread(g, x0) * noise
 
     def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +137,7 @@ class Diffusion:
         kind: str = "simple",
         decoder: str = "discrete",
         seed: int = 0,
-        step: int = 0,
+        step: int | Tensor = 0,
         sample: Sequence[int] | Tensor | None = None,
         **cond: Any,
     ) -> Tensor:
@@ -163,7 +169,7 @@ class Diffusion:
         kind: str = "simple",
         decoder: str = "discrete",
         seed: int = 0,
-        step: int = 0,
+        step: int | Tensor = 0,
         sample: Sequence[int] | Tensor | None = None,
         **cond: Any,
     ) -> Tensor:
@@ -191,11 +197,10 @@ class Diffusion:
         return loss + HYBRID_WEIGHT * len(self.schedule) * rest
 
     def _timesteps(
-        self, x0: Tensor, t: Tensor | None, seed: int, step: int, sample: Sequence[int] | Tensor | None
+        self, x0: Tensor, t: Tensor | None, seed: int, step: int | Tensor, sample: Sequence[int] | Tensor | None
     ) -> Tensor:
         """Timesteps of the data, beside them; raises for data that cannot be trained on."""
-        finite = len(x0) > 0 and (not visible(x0) or is_finite(x0))
-        check(finite, "x0 is empty or holds NaN or infinite values")
+        check_data(x0)
         if t is None:
             return self.draw_timesteps(len(x0), seed=seed, step=step, sample=sample, device=x0.device)
         return self._checked(t, x0)
@@ -214,7 +219,7 @@ class Diffusion:
         count: int,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         sample: Sequence[int] | Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
@@ -341,11 +346,6 @@ class Diffusion:
     @cached_property
     def _scaled(self) -> bool:
         return bool((self.schedule.c_in != 1).any())
-
-    def _levels(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha, sigma at t, float64 on x's device."""
-        t = self._checked(t, x)
-        return self._at("alpha", t), self._at("sigma", t)
 
     def _steps(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """alpha, sigma at t and at t-1 (clean for t = 0), float64."""

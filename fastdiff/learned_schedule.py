@@ -25,8 +25,9 @@ from fastdiff import noise as noises
 from fastdiff.diffusion import network_output
 from fastdiff.errors import check, choose
 from fastdiff.likelihood import spread
+from fastdiff.losses import check_data, visible
 from fastdiff.ops import row as rows
-from fastdiff.ops.checks import check_floating, check_same, is_finite
+from fastdiff.ops.checks import check_floating, check_same
 from fastdiff.schedule import Schedule
 
 TOLD = 1000.0  # what a network is told at the noisy end that the schedule starts with
@@ -127,7 +128,7 @@ def variational_loss(
     timesteps: int | None = None,
     minimise_variance: bool = False,
     seed: int = 0,
-    step: int = 0,
+    step: int | Tensor = 0,
     sample: Sequence[int] | Tensor | None = None,
     batch: int | None = None,
     **cond: Any,
@@ -151,8 +152,9 @@ def variational_loss(
     """
     choose("prediction", prediction, rows.PREDICTIONS)
     check_floating("x0", x0)
-    check(len(x0) > 0 and is_finite(x0), "x0 is empty or holds NaN or infinite values")
-    likelihood.check_decoder(decoder, x0)
+    check_data(x0)
+    if visible(x0):
+        likelihood.check_decoder(decoder, x0)
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
     words = low_discrepancy(len(x0), seed=seed, step=step, sample=sample, batch=batch, device=x0.device)
     place: dict[str, Any] = {"seed": seed, "step": step, "sample": sample, "stream": noises.Stream.TRAINING}
@@ -172,7 +174,7 @@ def low_discrepancy(
     count: int,
     *,
     seed: int,
-    step: int,
+    step: int | Tensor,
     sample: Sequence[int] | Tensor | None = None,
     batch: int | None = None,
     device: torch.device | str = "cpu",

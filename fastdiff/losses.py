@@ -17,6 +17,7 @@ from fastdiff import likelihood
 from fastdiff import noise as noises
 from fastdiff.errors import check
 from fastdiff.ops import row as rows
+from fastdiff.ops.checks import is_finite
 from fastdiff.schedule import Schedule
 
 LOSSES = ("simple", "vlb", "hybrid", "min_snr", "snr_sample")
@@ -34,6 +35,12 @@ def brought(x: Tensor, device: torch.device) -> Tensor:
     if visible(x) and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def check_data(x0: Tensor) -> None:
+    """Raise for data that cannot be trained on; on a device, values are not looked at."""
+    finite = len(x0) > 0 and (not visible(x0) or is_finite(x0))
+    check(finite, "x0 is empty or holds NaN or infinite values")
 
 
 # ---- tables by timestep ---------------------------------------------------------------------
@@ -131,7 +138,12 @@ def _fixed(out: Tensor, x0: Tensor) -> Tensor:
 
 
 def timestep_words(
-    count: int, *, seed: int, step: int, sample: Sequence[int] | Tensor | None, device: torch.device | str | None
+    count: int,
+    *,
+    seed: int,
+    step: int | Tensor,
+    sample: Sequence[int] | Tensor | None,
+    device: torch.device | str | None,
 ) -> Tensor:
     """The uniform 32-bit words that timesteps are made of, int64 ``[count]`` on a device that is not waited for.
 
@@ -140,6 +152,5 @@ def timestep_words(
     at, stream = torch.device("cpu" if device is None else device), noises.Stream.TIMESTEP
     if not isinstance(sample, Tensor) or visible(sample):
         return brought(noises.uniform_words(count, seed=seed, step=step, sample=sample, stream=stream), at)
-    seeds, steps = (torch.full((), value, dtype=torch.int64, device=sample.device) for value in (seed, step))
-    words = noises.uniform_words(count, seed=seeds, step=steps, sample=sample, stream=stream, device=sample.device)
+    words = noises.uniform_words(count, seed=seed, step=step, sample=sample, stream=stream, device=sample.device)
     return words.to(at)

@@ -214,8 +214,7 @@ def sample_ids(
     """
     device = torch.device(device)
     place = address(count, device, seed=seed, sample=sample)
-    seeds = place.seed if isinstance(place.seed, Tensor) else torch.full((), place.seed, device=device)
-    return seeds.expand(count).contiguous(), _ids(place, count, device)
+    return _made_on(device, place.seed).expand(count).contiguous(), _ids(place, count, device)
 
 
 def _ids(place: Address, count: int, device: torch.device) -> Tensor:
@@ -227,13 +226,20 @@ def _ids(place: Address, count: int, device: torch.device) -> Tensor:
 
 def _words(count: int, quads: int, place: Address, device: torch.device) -> Tensor:
     """Philox words ``[count, quads, 4]``, on ``device``."""
-    seeds, steps = (torch.as_tensor(value, device=device).expand(count) for value in (place.seed, place.step))
+    seeds, steps = (_made_on(device, value).expand(count) for value in (place.seed, place.step))
     ids = _ids(place, count, device)
     quad = torch.arange(quads, device=device)
     per_sample = (value[:, None].expand(count, quads) for value in (steps, ids, torch.full_like(ids, place.stream)))
     counter = torch.stack((quad.expand(count, quads), *per_sample), -1)
     key = torch.stack((seeds & MASK, seeds >> 32 & MASK), -1)[:, None]
     return philox4x32(counter, key)
+
+
+def _made_on(device: torch.device, value: int | Tensor) -> Tensor:
+    """A number as a tensor that is made on the device, since bringing it there would wait."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 def _as_int64(seed: int) -> int:

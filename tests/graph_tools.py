@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,12 +30,13 @@ class Tape(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        """The same operations on the same memory: nothing of Python's runs again."""
-        for func, args, kwargs, results in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(pytree.tree_leaves(results), pytree.tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+        """The same operations on the same memory, gradients too: nothing of Python or autograd runs again."""
+        with torch._C._AutoDispatchBelowAutograd():
+            for func, args, kwargs, results in self.calls:
+                again = func(*args, **kwargs)
+                for old, new in zip(pytree.tree_leaves(results), pytree.tree_leaves(again), strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
 
 
 class Device:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdiff.training.data import Data, from_tensor
 from fastdiff.training.distributed import on_processes, rank
 from fastdiff.training.loader import Batch
-from fastdiff.training.objective import Objective
+from fastdiff.training.objective import Found, Objective
 from fastdiff.training.trainer import Trainer
 
 #: with dropout, so that there is a random generator to lose
@@ -76,7 +76,7 @@ def spoil(trainer: Trainer, kind: str, step: int, whose: int, bad: float) -> Non
             trainer.optimizer.state[weight]["exp_avg"].fill_(bad)
         handles = [weight.register_hook(lambda gradient: gradient * bad)] if kind == "gradient" else []
         if kind == "loss":
-            Objective.__call__ = lambda *a: {"loss": compute(*a)["loss"] * bad}  # type: ignore[method-assign]
+            Objective.__call__ = lambda *a: Found({"loss": compute(*a).values["loss"] * bad})  # type: ignore[method-assign]
         try:
             return original(i, batch, **how)
         finally:

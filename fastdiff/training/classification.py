@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastdiff import ops
 from fastdiff.diffusion import Diffusion
+from fastdiff.losses import brought
 
 CLEAN = 0.5  #: share of a batch that is not noised: its features are those of images
 
@@ -21,7 +22,7 @@ def cross_entropies(
     y: Tensor,
     *,
     seed: int,
-    step: int,
+    step: int | Tensor,
     positions: Tensor,
     batch: int,
 ) -> dict[str, Tensor]:
@@ -37,11 +38,11 @@ def cross_entropies(
     Returns:
         ``loss``, and ``accuracy``: 1 for what is read right, else 0; ``[N]``.
     """
-    schedule, clean = diffusion.schedule, positions < CLEAN * batch
+    clean = brought(positions < CLEAN * batch, x0.device)
     where: dict[str, Any] = {"seed": seed, "step": step, "sample": positions}
-    t = diffusion.draw_timesteps(len(x0), **where).where(~clean, 0)
-    alpha, sigma = schedule.alpha[t].where(~clean, 1.0), schedule.sigma[t].where(~clean, 0.0)
-    x_t = ops.add_noise(x0, alpha.to(x0.device), sigma.to(x0.device), **where)
+    t = diffusion.draw_timesteps(len(x0), **where, device=x0.device).masked_fill(clean, 0)
+    alpha, sigma = (level.masked_fill(clean, at) for level, at in zip(diffusion.levels(t, x0), (1, 0), strict=True))
+    x_t = ops.add_noise(x0, alpha, sigma, seed=seed, step=step, sample=brought(positions, x0.device))
     logits = network(*diffusion.model_input(x_t, t))
     right = (logits.detach().argmax(1) == y).float()
     return {"loss": F.cross_entropy(logits, y, reduction="none"), "accuracy": right}

@@ -122,6 +122,7 @@ class Operation:
     parallel: str = option("ddp", "several processes: ddp (each holds the network) or fsdp (each holds a part of it)")
     accumulate: int = option(1, "parts in which a process takes its share of a batch")
     compile: bool = option(False, "run the network through torch.compile")
+    graph: bool = option(False, "make each step one CUDA graph; for one process on a GPU")
     workers: int | None = option(None, "processes that read images; default: none for data in memory, else up to 4")
     keep: int = option(2, "checkpoints that are kept, the newest ones")
     background: bool = option(True, "write checkpoints while training goes on")

@@ -37,12 +37,16 @@ class Average(ABC):
     def share(self, step: int) -> float:
         """Of the weights after training step ``step``, from 0, when they are taken in."""
 
-    @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after training step ``step``."""
+        self.take(model, self.share(step))
+
+    @torch.no_grad()
+    def take(self, model: nn.Module, share: float | Tensor) -> None:
+        """Take in the weights with this share, a number or 0-d on their device."""
         state = _state(model)
         average = [part_of(self.tensors[name]) for name in self._averaged]
-        torch._foreach_lerp_(average, [part_of(state[name]) for name in self._averaged], self.share(step))
+        _approach(average, [part_of(state[name]) for name in self._averaged], share)
         for name in self._copied:
             self.tensors[name].copy_(state[name])
 
@@ -110,6 +114,18 @@ class PowerEMA(Average):
         """1 - (1 - 1/t)^(gamma + 1) with t = step + 1: what the profile holds of the last of t steps."""
         power: float = (step / (step + 1)) ** (self.gamma + 1)
         return 1 - power
+
+
+def _approach(average: list[Tensor], weights: list[Tensor], share: float | Tensor) -> None:
+    """average <- average + share (weights - average), in one pass over memory or in few launches on a GPU."""
+    if not isinstance(share, Tensor):
+        torch._foreach_lerp_(average, weights, share)
+    elif share.device.type == "cpu":
+        torch._foreach_lerp_(average, weights, [share.to(each.dtype) for each in average])
+    else:
+        way = torch._foreach_sub(weights, average)
+        torch._foreach_mul_(way, share)
+        torch._foreach_add_(average, way)
 
 
 def sigma_rel_of(gamma: float) -> float:

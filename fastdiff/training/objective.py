@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,13 @@ from fastdiff.training.distributed import of_all, summed
 from fastdiff.training.timesteps import SAMPLERS, LossTable
 
 BINS = 10
-Values = dict[str, Tensor]  # by name, one for each sample
+
+
+class Found(NamedTuple):
+    """What is found of samples, a value for each."""
+
+    values: dict[str, Tensor]  #: ``loss``, and what else is logged
+    seen: tuple[Tensor, ...] = ()  #: timesteps and losses without weights, of what learns from them
 
 
 class Objective:
@@ -53,50 +59,46 @@ class Objective:
         self._network, self._decoder = network, "gaussian" if data.is_points else "discrete"
         self._learned: LearnedSchedule | None = getattr(model, "learned_schedule", None)
         self._keeps_table = self._learned is None and not isinstance(model, Classifier)
-        self._seen: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, x: Tensor, y: Tensor | None, positions: Tensor, step: int) -> Values:
-        """``loss``, and what else is logged, of samples ``x`` on the network's scale at these positions, int64."""
+    def __call__(self, x: Tensor, y: Tensor | None, positions: Tensor, step: int | Tensor) -> Found:
+        """Of samples ``x`` on the network's scale at these positions, int64; positions and step on a GPU are not
+        looked at.
+        """
         config = self.config
         if isinstance(self.model, Classifier):
             assert y is not None  # the trainer has seen to it
             how: dict[str, Any] = {"seed": config.seed, "step": step, "positions": positions, "batch": config.batch}
-            return classification.cross_entropies(self.network, self.diffusion, x, y, **how)
+            return Found(classification.cross_entropies(self.network, self.diffusion, x, y, **how))
         cond: dict[str, Any] = self.drop_labels(self._conditions(y), positions, step)
         if self._learned is not None:
             return self._bound(self._learned, x, positions, step, cond)
         t, weight = self.timesteps.draw(positions, step=step)
         where: dict[str, Any] = {"seed": config.seed, "step": step, "sample": brought(positions, self.device)}
         losses = self.diffusion.losses(self.network, x, t, kind=config.loss, decoder=self._decoder, **where, **cond)
-        self._seen.append((t, losses.detach()))
-        return {"loss": losses * weight}
+        return Found({"loss": losses * weight}, (t, losses))
 
-    def _bound(self, learned: LearnedSchedule, x: Tensor, positions: Tensor, step: int, cond: dict[str, Any]) -> Values:
+    def _bound(
+        self, learned: LearnedSchedule, x: Tensor, positions: Tensor, step: int | Tensor, cond: dict[str, Any]
+    ) -> Found:
         """The bound under a schedule that is trained too, and its parts (Kingma et al. 2021)."""
         config = self.config
         how: dict[str, Any] = {"prediction": config.prediction, "decoder": self._decoder, "minimise_variance": True}
         where: dict[str, Any] = {"seed": config.seed, "step": step, "sample": positions, "batch": config.batch}
         found = variational_loss(self.network, learned, x, **how, **where, **cond)
-        return {"loss": found.total, **{name: getattr(found, name) for name in found._fields if name != "total"}}
+        return Found({"loss": found.total, **{name: each for name, each in found._asdict().items() if name != "total"}})
 
     def network(self, x: Tensor, t: Tensor, **cond: Tensor) -> Any:
         """In the precision of the run."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return self._network(x, t, **cond)
 
-    def learn(self) -> None:
-        """Take up the losses of all samples of a step, which has changed the weights."""
-        seen, self._seen = self._seen, []
-        if not seen:
+    def learn(self, found: Found) -> None:
+        """Take up the losses of a step that has changed the weights, of all this process's samples."""
+        if not found.seen:
             return
-        t, losses = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        self.table.add(t, losses)
+        self.table.add(*found.seen)
         if self.timesteps.learns:
-            self.timesteps.update(*(torch.cat(of_all(each)) for each in (t, losses)))
-
-    def forget(self) -> None:
-        """Leave them out, of a step that has changed nothing."""
-        self._seen.clear()
+            self.timesteps.update(*(torch.cat(of_all(each)) for each in found.seen))
 
     def by_timestep(self) -> dict[str, list[float]]:
         """The mean loss by tenths of the timesteps since this was asked last, of all processes; nothing without."""
@@ -111,7 +113,7 @@ class Objective:
         """What the model is given beside x and t: labels, if there are any and it takes them."""
         return {} if y is None or getattr(self.model, "label", None) is None else {"y": y}
 
-    def drop_labels(self, cond: dict[str, Tensor], positions: Tensor, step: int) -> dict[str, Tensor]:
+    def drop_labels(self, cond: dict[str, Tensor], positions: Tensor, step: int | Tensor) -> dict[str, Tensor]:
         """Replace the share ``label_dropout`` of the conditions by their null (Ho & Salimans 2022, algorithm 1)."""
         if not cond:
             return cond

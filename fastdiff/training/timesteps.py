@@ -38,10 +38,11 @@ class Timesteps:
         noise.check_seed(seed)
         check(isinstance(batch, int) and 0 < batch < 2**31, f"batch must be 1...2**31-1, got {batch!r}")
         self.timesteps, self.batch, self.seed, self.device = len(schedule), batch, seed, torch.device(device)
-        self._ends = self._uniform = _even_ends(self.timesteps).to(self.device)
+        self._uniform = _even_ends(self.timesteps).to(self.device)
+        self._ends = self._uniform.clone()
         self._weights = torch.ones(self.timesteps, device=self.device)
 
-    def draw(self, positions: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
+    def draw(self, positions: Tensor, *, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps, int64, and the weights of their losses, float32, both ``[n]``.
 
         Args:
@@ -73,7 +74,7 @@ class Timesteps:
         given = {name: (value.shape, value.dtype) for name, value in state.items()}
         check(mine == given, f"the state of the timesteps must hold {_listed(mine)}, got {_listed(given)}")
 
-    def _words(self, positions: Tensor, step: int) -> Tensor:
+    def _words(self, positions: Tensor, step: int | Tensor) -> Tensor:
         return timestep_words(len(positions), seed=self.seed, step=step, sample=positions, device=self.device)
 
 
@@ -83,7 +84,7 @@ class Stratified(Timesteps):
     Each timestep is as likely as any at every position, and the mean over a batch varies less.
     """
 
-    def draw(self, positions: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
+    def draw(self, positions: Tensor, *, step: int | Tensor) -> tuple[Tensor, Tensor]:
         # u B + i: which of the B strata, and where in it, in whole numbers of 2^-32.
         offset = self._words(positions.new_zeros(1), step)
         place = offset * self.batch + (brought(positions, self.device) << 32)
@@ -162,9 +163,10 @@ class SecondMoment(Timesteps):
         share = (1 - UNIFORM) * share + UNIFORM / self.timesteps
         # Whole numbers, for sums of others depend on their order, which differs on a GPU from run to run.
         ends = (share * WORDS).long().cumsum(0)[:-1]
-        self._ends = torch.where(full, ends, self._uniform)
         weights = WORDS / (self.timesteps * _widths(ends).double())
-        self._weights = torch.where(full, weights.float(), torch.ones_like(self._weights))
+        # In place, where a captured step looks.
+        self._ends.copy_(torch.where(full, ends, self._uniform))
+        self._weights.copy_(torch.where(full, weights.float(), torch.ones_like(self._weights)))
 
 
 SAMPLERS: dict[str, type[Timesteps]] = {

@@ -8,8 +8,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
@@ -18,23 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import _io, noise
+from fastdiff import _io, graph
 from fastdiff._progress import progress
 from fastdiff.errors import InputError, check
 from fastdiff.metrics.evaluation import share
 from fastdiff.training import checkpoint, log, posthoc
 from fastdiff.training.config import Operation, TrainConfig
 from fastdiff.training.data import Data
-from fastdiff.training.distributed import Group, summed
+from fastdiff.training.distributed import Group
 from fastdiff.training.ema import averages, files_of
 from fastdiff.training.loader import Batch, Loader
-from fastdiff.training.objective import Objective, Values
+from fastdiff.training.objective import Objective
 from fastdiff.training.order import Order
-from fastdiff.training.parallel import Parallel, is_split, part_of, split_like, whole_of
+from fastdiff.training.parallel import Parallel, is_split, part_of, split_like
 from fastdiff.training.picture import draw
 from fastdiff.training.presets import build_model, model_config
 from fastdiff.training.process import LEARNED, attach_schedule
 from fastdiff.training.saving import Saver, Signals, Tensors, last_checkpoint
+from fastdiff.training.step import Captured, Inputs, Step
 
 #: settings that a classifier has no use for
 OF_DENOISERS = ("prediction", "variance", "loss", "label_dropout", "timestep_sampler")
@@ -73,7 +74,7 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.run, self.device = config, data, run, torch.device(device)
         self.operation, self.group = operation, Group.of_all()
-        _check_operation(config, operation, self.group.world)
+        _check_operation(config, operation, self.group.world, self.device)
         self.positions = share(config.batch, self.group.rank, self.group.world)
         self.diffusion = config.diffusion()
         self.description = _description(config, data)
@@ -89,9 +90,10 @@ class Trainer:
         self.parallel = Parallel(self.model, operation.parallel, compiled=operation.compile)
         self.objective = Objective(config, self.model, self.parallel.network, self.diffusion, data)
         self.averages = averages(self.model, config.ema)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = _adamw(config, self.model)
+        each = self.objective, self.parallel, self.optimizer, self.averages.values()
+        step = Step(config, *each, parts=operation.accumulate)
+        self._run = Captured(step) if operation.graph else step
         self.step = 0 if saved is None else saved.step
         if saved:
             self._load(saved)
@@ -170,53 +172,30 @@ class Trainer:
         Args:
             stop: whether this process is asked to stop; the row says whether any is.
         """
-        self.optimizer.zero_grad()
-        values = self._backward(step, batch)
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        whole = whole_of(norm).double()
-        sums = torch.stack([*(value.double().sum() for value in values.values()), torch.full_like(whole, stop)])
-        *found, stops, grad_norm = torch.cat((summed(sums), whole[None])).tolist()
-        row = {name: total / self.config.batch for name, total in zip(values, found, strict=True)}
+        outcome = self._run(self._inputs(step, batch, stop))
+        *found, stops, grad_norm = outcome.totals.tolist()
+        row = {name: total / self.config.batch for name, total in zip(outcome.found.values, found, strict=True)}
         row |= {"grad_norm": grad_norm, "learning_rate": self.config.learning_rate_at(step)}
         if _is_finite(row):
-            if grad_norm > self.config.clip_grad:  # shorter ones need no pass that multiplies by one
-                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_grad, norm)
-            self._update(step, row["learning_rate"])
-            self.objective.learn()
-        else:
-            self.objective.forget()
+            self.objective.learn(outcome.found)
         return {**row, "stop": stops > 0}
 
-    def _backward(self, step: int, batch: Batch) -> Values:
-        """Gradients of the mean loss of the whole batch, in parts; returns the values of this process's samples."""
-        places = torch.arange(self.positions.start, self.positions.stop)
-        x = self.data.scale(batch.x.to(self.device, non_blocking=True))
-        y = None if batch.y is None else batch.y.to(self.device, non_blocking=True)
-        cuts = min(self.operation.accumulate, len(x))
-        labels = cuts * [None] if y is None else y.tensor_split(cuts)
-        found: list[Values] = []
-        for part, its, at in zip(x.tensor_split(cuts), labels, places.tensor_split(cuts), strict=True):
-            with self._randomness(step, int(at[0])), self.parallel.backward(last=len(found) == cuts - 1):
-                values = self.objective(part, its, at, step)
-                # Gradients of processes are averaged, of which some may have a sample less than others.
-                (values["loss"].sum() * (self.group.world / self.config.batch)).backward()
-            found.append({name: value.detach() for name, value in values.items()})
-        return {name: torch.cat([values[name] for values in found]) for name in found[0]}
+    def _inputs(self, step: int, batch: Batch, stop: bool) -> Inputs:
+        """On the device, which is not waited for."""
 
-    @contextmanager
-    def _randomness(self, step: int, position: int) -> Iterator[None]:
-        """Torch's own generators, which dropout asks, keyed by the first place of a part."""
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            where: dict[str, Any] = {"step": step, "sample": [position], "stream": noise.Stream.NETWORK}
-            torch.manual_seed(int(noise.uniform_words(1, seed=self.config.seed, **where)))
-            yield
+        def number(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((), value, dtype=dtype, device=self.device)
 
-    def _update(self, step: int, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        for average in self.averages.values():
-            average.update(self.model, step)
+        return Inputs(
+            x=self.data.scale(batch.x.to(self.device, non_blocking=True)),
+            y=None if batch.y is None else batch.y.to(self.device, non_blocking=True),
+            places=torch.arange(self.positions.start, self.positions.stop),
+            step=step,
+            rate=number(self.config.learning_rate_at(step), torch.float32),
+            shares=tuple(number(average.share(step), torch.float64) for average in self.averages.values()),
+            stop=number(stop, torch.bool),
+            allowed=number(True, torch.bool),
+        )
 
     def losses(self) -> list[float]:
         """The loss of every step so far that is on disk."""
@@ -281,6 +260,15 @@ class Trainer:
             self.objective.timesteps.load(saved.tensors("timesteps"))
 
 
+def _adamw(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
+    """With a rate on the device, where a step reads it."""
+    parameters = list(model.parameters())
+    device = parameters[0].device
+    rate = torch.zeros((), dtype=torch.float32, device=device)
+    capturable = device.type == "cuda"
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay, fused=True, capturable=capturable)
+
+
 def _is_finite(row: dict[str, Any]) -> bool:
     return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
 
@@ -299,12 +287,16 @@ def _description(config: TrainConfig, data: Data) -> dict[str, Any]:
     return {"data": data.to_json(), "model": model, "diffusion": process, "training": asdict(config)}
 
 
-def _check_operation(config: TrainConfig, operation: Operation, world: int) -> None:
+def _check_operation(config: TrainConfig, operation: Operation, world: int, device: torch.device) -> None:
     powers = "power:" in config.ema or not operation.snapshot_every
     check(powers, f"snapshots are of power-function averages, for instance --ema {config.ema},power:0.05")
     check(config.batch >= world, f"{world} processes cannot share a batch of {config.batch}")
     whole = config.schedule != LEARNED or operation.parallel != "fsdp" or world == 1
     check(whole, "a learned schedule is not trained with --parallel fsdp: take ddp")
+    fits = world == 1 and graph.serves(device)
+    check(
+        fits or not operation.graph, f"--graph is for one process on a GPU, here are {world} on {device}: leave it out"
+    )
 
 
 def _check_classifier(config: TrainConfig) -> None:
