@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastdiff import InputError, _io
-from fastdiff.training import checkpoint
+from fastdiff.training import checkpoint, manifest
 
 WRITES = 5  # synced by a save: three files, their directory, and the name of it
 
@@ -153,12 +153,21 @@ def test_a_failing_write_leaves_the_old_checkpoint_and_no_litter(run, monkeypatc
         assert names <= {"step-00000001", "step-00000002"}
 
 
-def test_every_bit_flip_is_found(run):
-    path = save(run, 1)
+def in_parts(run, step):
+    """A checkpoint as two processes write it."""
+    halves = tensors(step)["model"]["w"].chunk(2)
+    parts = {f"model.{rank}-of-2": {"w": half} for rank, half in enumerate(halves)}
+    return checkpoint.save(run, step, parts, {"config": {"step": step}})
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("made", [save, in_parts])
+def test_every_bit_flip_is_found(run, made, count):
+    path = made(run, 1)
     places = torch.Generator().manual_seed(1)
-    for name in ("model.safetensors", "config.json", "manifest.json"):
+    for name in sorted(file.name for file in path.iterdir()):
         whole = (path / name).read_bytes()
-        for _ in range(60):
+        for _ in range(count):
             at = int(torch.randint(len(whole), (), generator=places))
             bit = int(torch.randint(8, (), generator=places))
             (path / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
@@ -169,6 +178,50 @@ def test_every_bit_flip_is_found(run):
             assert name == "manifest.json", "a damaged file was taken for whole"
             assert_whole(saved, saved.step if saved.step == 1 else pytest.fail("the step was changed"))
         (path / name).write_bytes(whole)
+
+
+def swapped(newest, other):
+    a, b = sorted(newest.glob("model.*"))
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second), b.write_bytes(first)
+
+
+def missing(newest, other):
+    next(newest.glob("model.1-of-2*")).unlink()
+
+
+def of_another_step(newest, other):
+    for file in other.glob("model.1-of-2*"):
+        (newest / file.name).write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize("harm", [swapped, missing, of_another_step])
+def test_parts_that_are_not_the_checkpoint_s_are_found(run, harm):
+    other = in_parts(run, 1)
+    newest = in_parts(run, 2)
+    with torch.random.fork_rng():
+        halves = [torch.randn(32, 64), torch.randn(32, 64)]
+    checkpoint.save(run, 3, {f"model.{rank}-of-2": {"w": half} for rank, half in enumerate(halves)}, {}, keep=3)
+    newest = checkpoint.steps(run)[0]
+    harm(newest, other)
+    with pytest.raises(InputError, match=r"model\.\d-of-2\.safetensors (is damaged|cannot be read)"):
+        checkpoint.load(newest)
+    with pytest.warns(UserWarning, match="step-00000002 instead"):
+        assert_whole(checkpoint.load(run), 2)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_truncation_is_found(run, count):
+    path = in_parts(run, 1)
+    places = torch.Generator().manual_seed(2)
+    for name in sorted(file.name for file in path.iterdir()):
+        whole = (path / name).read_bytes()
+        for at in torch.randint(len(whole), (count // 4,), generator=places).tolist():
+            (path / name).write_bytes(whole[:at])
+            with pytest.raises(InputError):
+                checkpoint.load(path)
+        (path / name).write_bytes(whole)
+    assert_whole(checkpoint.load(path), 1)
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, -1])
@@ -191,11 +244,16 @@ def test_a_directory_without_manifest_does_not_exist(run):
         assert_whole(checkpoint.load(run), 1)
 
 
+def test_checkpoints_without_a_seal_are_still_read(run):
+    path = save(run, 1)
+    (path / "manifest.json").write_text(json.dumps({**manifest.read(path), "format": 1}))
+    assert_whole(checkpoint.load(run), 1)
+
+
 def test_a_newer_format_is_refused_not_passed_over(run):
     save(run, 1)
     newest = save(run, 2)
-    manifest = json.loads((newest / "manifest.json").read_text())
-    (newest / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    (newest / "manifest.json").write_text(json.dumps({**manifest.read(newest), "format": 99}))
     for where in (run, newest):
         with pytest.raises(InputError, match=r"format 99.*upgrade"):
             checkpoint.load(where)
@@ -204,11 +262,16 @@ def test_a_newer_format_is_refused_not_passed_over(run):
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", ""])
 def test_a_manifest_cannot_name_files_elsewhere(run, name):
     path = save(run, 1)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError):
+    rewrite(path, **{name: {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(InputError, match="is not a plain file name"):
         checkpoint.load(path)
+
+
+def rewrite(path, **files):
+    """The manifest of a checkpoint, with other files."""
+    whole = manifest.read(path)
+    (path / "manifest.json").unlink()
+    manifest.write(path, whole["step"], {**whole["files"], **files})
 
 
 class Payload:
@@ -232,9 +295,7 @@ def test_a_pickle_inside_a_checkpoint_is_not_executed(run, tmp_path):
     path, canary = save(run, 1), tmp_path / "canary"
     content = pickle.dumps(Payload(canary))
     (path / "model.safetensors").write_bytes(content)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = checkpoint.digest(content)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(path, **{"model.safetensors": manifest.digest(content)})
     with pytest.raises(InputError, match="cannot be read"):
         checkpoint.load(path).tensors("model")
     assert not canary.exists()

@@ -346,7 +346,7 @@ def damage_bit(run_):
 
 def damage_newer(run_):
     file = checkpoint.steps(run_)[0] / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 3}))
 
 
 def damage_no_manifest(run_):

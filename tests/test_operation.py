@@ -91,7 +91,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path, monke
     monkeypatch.setattr(saving.checkpoint, "save", save)
     w = torch.arange(6.0).view(2, 3)
     with Saver(tmp_path, keep=2, background=True, sharded=False) as saver:
-        for step in range(1, 4):
+        for step in range(1, 101):
             began = time.perf_counter()
             slow.clear()
             expected = w.clone()

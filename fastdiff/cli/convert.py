@@ -17,7 +17,8 @@ from fastdiff.models import UNet
 from fastdiff.models.diffusers import CONFIG, PIPELINE, WEIGHTS
 from fastdiff.ops.row import PREDICTIONS
 from fastdiff.schedule import Schedule
-from fastdiff.training.checkpoint import FOLDER, MANIFEST
+from fastdiff.training import manifest
+from fastdiff.training.checkpoint import FOLDER
 from fastdiff.training.config import TRAINED_SCHEDULES
 from fastdiff.training.run import load_run, save_run
 
@@ -143,7 +144,7 @@ def _of_flags(path: Path | None) -> dict[str, Any]:
 def _read(source: Path, config: Path | None) -> Source:
     check(source.exists(), f"{source} does not exist: give {KINDS}")
     folder = source if source.is_dir() else source.parent
-    run = (folder / MANIFEST).is_file() or (source / FOLDER).is_dir()
+    run = (folder / manifest.NAME).is_file() or (source / FOLDER).is_dir()
     if not run and source.suffix in ENDINGS and source.is_file():
         return _read_guided(source, config)
     check(config is None, f"--config belongs to a file of guided-diffusion, {source} is none")

@@ -1,8 +1,8 @@
 """Checkpoints: directories that exist only when they are whole.
 
-``run/checkpoints/step-00000500/`` holds safetensors and JSON files and ``manifest.json`` with the size and SHA-256
-of each. It is written beside, synced, renamed into place, and only then is an old one removed. A directory
-without a valid manifest does not exist for resuming. Nothing is ever unpickled.
+``run/checkpoints/step-00000500/`` holds safetensors and JSON files and their :mod:`~fastdiff.training.manifest`. It is
+written beside, synced, renamed into place, and only then is an old one removed. A directory without a valid manifest
+does not exist for resuming. Nothing is ever unpickled.
 
 Tensors that are split over processes are written by each of them, ``model.1-of-4.safetensors``, along their first
 dimension in the order of ranks; what is whole in every process is in the first one's file alone.
@@ -10,7 +10,6 @@ dimension in the order of ranks; what is whole in every process is in the first 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import warnings
@@ -26,11 +25,10 @@ from torch import Tensor, nn
 
 from fastdiff import _io
 from fastdiff.errors import InputError, check
+from fastdiff.training import manifest
 from fastdiff.training.distributed import Group
 
-FORMAT = 1
 ALONE = Group()
-MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 
 
@@ -118,7 +116,7 @@ def save(
         contents = {f"{name}{part}.safetensors": _serialized(named) for name, named in tensors.items()}
     if group.is_first:
         contents |= {f"{name}.json": _io.to_json(value) for name, value in values.items()}
-    _commit(target, contents, {"format": FORMAT, "step": step}, group)
+    _commit(target, contents, step, group)
     group.together(_in_first(group, lambda: _rotate(target, keep)))
     return target
 
@@ -149,10 +147,10 @@ def load(path: Path | str) -> Checkpoint:
     path = Path(path)
     check(path.exists(), f"checkpoint {path} does not exist")
     if path.is_file():
-        inside = (path.parent / MANIFEST).is_file()
+        inside = (path.parent / manifest.NAME).is_file()
         check(inside, f"{path} is not part of a fastdiff checkpoint: give a run directory (pickles are never opened)")
         path = path.parent
-    if (path / MANIFEST).is_file() or path.name.startswith("step-"):
+    if (path / manifest.NAME).is_file() or path.name.startswith("step-"):
         return _read(path)
     return _newest(path)
 
@@ -187,13 +185,13 @@ class _NewerError(InputError):
 def _read(path: Path) -> Checkpoint:
     """Verify every byte against the manifest."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        version, step, entries = manifest["format"], manifest["step"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"checkpoint {path} has no readable {MANIFEST}: {error}") from None
-    if not isinstance(version, int) or version > FORMAT:
-        raise _NewerError(f"checkpoint {path} has format {version}; this fastdiff reads up to {FORMAT}: upgrade it")
-    return Checkpoint(path, step, {name: _verified(path, name, entry) for name, entry in entries.items()})
+        found = manifest.read(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"checkpoint {path} has no readable {manifest.NAME}: {error}") from None
+    if (version := found["format"]) > manifest.FORMAT:
+        upgrade = f"this fastdiff reads up to {manifest.FORMAT}: upgrade it"
+        raise _NewerError(f"checkpoint {path} has format {version}; {upgrade}")
+    return Checkpoint(path, found["step"], {name: _verified(path, name, each) for name, each in found["files"].items()})
 
 
 def _verified(path: Path, name: str, entry: dict[str, Any]) -> bytes:
@@ -204,17 +202,17 @@ def _verified(path: Path, name: str, entry: dict[str, Any]) -> bytes:
         raise InputError(f"checkpoint {path}: {name} cannot be read: {error.strerror}") from None
     expected = entry.get("bytes") if isinstance(entry, dict) else None
     check(len(content) == expected, f"checkpoint {path}: {name} has {len(content)} bytes instead of {expected}")
-    check(digest(content) == entry, f"checkpoint {path}: {name} is damaged, its SHA-256 does not match")
+    check(manifest.digest(content) == entry, f"checkpoint {path}: {name} is damaged, its SHA-256 does not match")
     return content
 
 
-def _commit(target: Path, contents: dict[str, bytes], manifest: dict[str, Any], group: Group) -> None:
+def _commit(target: Path, contents: dict[str, bytes], step: int, group: Group) -> None:
     """Each process writes its files, the first one the manifest of all and the name."""
     unfinished = group.everyone(group.together(_in_first(group, lambda: _io.begin_directory(target))))[0]
     try:
         digests = group.together(lambda: _written(unfinished, contents))
-        manifest["files"] = {name: entry for each in group.everyone(digests) for name, entry in each.items()}
-        group.together(_in_first(group, lambda: _finish(unfinished, target, manifest)))
+        files = {name: entry for each in group.everyone(digests) for name, entry in each.items()}
+        group.together(_in_first(group, lambda: _finish(unfinished, target, step, files)))
     except BaseException:
         if group.is_first:
             _io.abandon_directory(unfinished)
@@ -224,11 +222,11 @@ def _commit(target: Path, contents: dict[str, bytes], manifest: dict[str, Any], 
 def _written(folder: Path, contents: dict[str, bytes]) -> dict[str, Any]:
     for name, content in contents.items():
         _io.write(folder / name, content)
-    return {name: digest(content) for name, content in contents.items()}
+    return {name: manifest.digest(content) for name, content in contents.items()}
 
 
-def _finish(unfinished: Path, target: Path, manifest: dict[str, Any]) -> None:
-    _io.write(unfinished / MANIFEST, _io.to_json(manifest))
+def _finish(unfinished: Path, target: Path, step: int, files: dict[str, Any]) -> None:
+    manifest.write(unfinished, step, files)
     _io.finish_directory(unfinished, target)
 
 
@@ -261,8 +259,3 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
         for name, tensor in part.items():
             found.setdefault(name, []).append(tensor)
     return found
-
-
-def digest(content: bytes) -> dict[str, Any]:
-    """What a manifest says of a file."""
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -8,7 +8,6 @@ such averages along a run therefore give, by least squares of profiles, any othe
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from fastdiff import _io
 from fastdiff.errors import InputError, check
-from fastdiff.training.checkpoint import ALONE, MANIFEST, digest
+from fastdiff.training import manifest
+from fastdiff.training.checkpoint import ALONE
 from fastdiff.training.distributed import Group
 from fastdiff.training.ema import Average, PowerEMA, gamma_of
 from fastdiff.training.parallel import whole_of
@@ -109,8 +109,8 @@ def _commit(
         for name, tensors in whole.items():
             content = safetensors.torch.save({key: _stored(key, value, dtype) for key, value in tensors.items()})
             _io.write(unfinished / f"{name}.safetensors", content)
-            files[f"{name}.safetensors"] = {"sigma_rel": widths[name], **digest(content)}
-        _io.write(unfinished / MANIFEST, _io.to_json({"step": step, "files": files}))
+            files[f"{name}.safetensors"] = {"sigma_rel": widths[name], **manifest.digest(content)}
+        manifest.write(unfinished, step, files)
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,10 +123,10 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _listed(folder: Path) -> list[Snapshot]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        return [_entry(folder / name, manifest["step"], **entry) for name, entry in manifest["files"].items()]
+        found = manifest.read(folder)
+        return [_entry(folder / name, found["step"], **entry) for name, entry in found["files"].items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"snapshot {folder} has no readable {MANIFEST}: {error}") from None
+        raise InputError(f"snapshot {folder} has no readable {manifest.NAME}: {error}") from None
 
 
 def _entry(file: Path, step: int, *, sigma_rel: float, bytes: int, sha256: str) -> Snapshot:
@@ -216,4 +216,4 @@ def _verify(each: Snapshot) -> None:
     except OSError as error:
         raise InputError(f"snapshot {each.file} cannot be read: {error.strerror}") from None
     whole = size == each.bytes and found.hexdigest() == each.sha256
-    check(whole, f"snapshot {each.file} is damaged: it is not what its {MANIFEST} says")
+    check(whole, f"snapshot {each.file} is damaged: it is not what its {manifest.NAME} says")
