@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from fastdiff import _io
 from fastdiff.training.config import Operation, TrainConfig
 from fastdiff.training.data import from_tensor
 from fastdiff.training.loader import Batch
+from fastdiff.training.saving import Saver
 from fastdiff.training.trainer import Trainer
 
 RATE = 1e-12
@@ -65,7 +67,7 @@ def case(count: int, dtype: torch.dtype, network: Network, device: torch.device,
         peers=tuple(peers),
         tolerance=2 * TOLERANCE[dtype],
         floor=partial(_product, network, dtype, times=3),
-        facts=lambda name, ms: {"images_per_s": 1e3 * count / ms, **(parts(ours()) if name == "ours" else {})},
+        facts=lambda name, ms: {"images_per_s": 1e3 * count / ms, **(_ours(ours()) if name == "ours" else {})},
     )
 
 
@@ -109,6 +111,33 @@ def _formula(made: Trainer, network: Network, x: Tensor) -> tuple[Tensor, Tensor
     loss = F.mse_loss(model(x_t, t.to(x.device)).sample, noise)
     loss.backward()
     return loss.detach(), torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+
+
+def _ours(made: Trainer) -> dict[str, float]:
+    return {**parts(made), "checkpoint_stall_steps": stall(made)}
+
+
+def stall(made: Trainer) -> float:
+    """By how many steps training falls behind for a checkpoint that is written beside it, from the call until it is
+    on disk.
+    """
+    batch = next(made._loader().batches(0, 1))
+
+    @torch.enable_grad()
+    def steps(count: int) -> float:
+        return sum(once(lambda: made.train_step(0, batch), made.device) for _ in range(count))
+
+    def behind(saver: Saver, number: int) -> float:
+        began, done = time.perf_counter(), 0
+        saver.save(number, made.state(), {})
+        while saver.writing:
+            steps(1)
+            done += 1
+        took = time.perf_counter() - began
+        return took / (steps(done) / done) - done
+
+    with Saver(made.run, keep=1, background=True, sharded=False) as saver:
+        return statistics.median(behind(saver, number) for number in range(TURNS // 3))
 
 
 def parts(made: Trainer) -> dict[str, float]:

@@ -132,7 +132,7 @@ def test_an_error_of_the_writer_is_not_lost(tmp_path, monkeypatch, ask) -> None:
     def use() -> None:
         with Saver(tmp_path, keep=2, background=True, sharded=False) as saver:
             saver.save(1, tensors, {})
-            while not saver._writing.done():  # type: ignore[union-attr]
+            while saver.writing:
                 time.sleep(0.01)
             asks = {"look": saver.look, "wait": saver.wait, "save": lambda: saver.save(2, tensors, {})}
             asks.get(ask, lambda: None)()

@@ -140,6 +140,18 @@ def test_everyone_hears_everyone() -> None:
     assert words == ["rank 0 of 3", "rank 1 of 3", "rank 2 of 3"]
 
 
+def ends_alone(whose: int) -> None:
+    if rank() == whose:
+        raise InputError(f"image 7 cannot be read in {rank()}")
+    summed(torch.ones(1))
+
+
+@pytest.mark.parametrize("whose", [0, 1, 2])
+def test_what_ends_one_process_is_said_by_the_first(whose: int) -> None:
+    with pytest.raises(InputError, match=f"image 7 cannot be read in {whose}"):
+        on(3, ends_alone, whose)
+
+
 def waits_in_vain(_: Any) -> str:
     group, said = Group.of_all(apart=True, timeout=timedelta(seconds=1)), ""
     if rank() == 0:

@@ -117,12 +117,12 @@ def test_many_kills_at_random_times(whole, tmp_path) -> None:
     model, straight = whole
     random.seed(3)
     with torchrun(2, command(tmp_path, model), restarts=50) as job:
-        for _ in range(10):
+        for _ in range(30):
             wait_for(lambda: len(ranks(job)) >= 2 or job.poll() is not None, job)
             time.sleep(random.uniform(0, 8))
             if job.poll() is None and (alive := ranks(job)):
                 send(random.choice(alive), signal.SIGKILL)
-        status, output = finished(job, 300)
+        status, output = finished(job, 400)
     assert status == 0, output
     same(tmp_path, straight)
 
@@ -161,16 +161,15 @@ def test_restarts_come_to_an_end(whole, tmp_path) -> None:
 def test_a_signal_saves_the_step_it_meets(whole, tmp_path, whose, number) -> None:
     model, straight = whole
     with torchrun(2, command(tmp_path, model, "--save-every", "1000"), restarts=0) as job:
-        wait_for(lambda: len(read(tmp_path / "log.jsonl")) > 0 or len(ranks(job)) >= 2, job)
-        time.sleep(2.5)
+        wait_for(lambda: (tmp_path / "config.json").exists(), job)  # before that there is nothing to save
+        time.sleep(0.5)
         reached = ranks(job)
         for pid in {"all": reached, "first": reached[:1], "other": reached[1:]}[whose]:
             send(pid, number)
         status, output = finished(job)
-    if newest(tmp_path) != STEPS:
-        assert status != 0
-        assert "asked to end, saved to step" in output
-        assert read(tmp_path / "log.jsonl")[-1]["step"] == newest(tmp_path) - 1
+    assert status != 0
+    assert "asked to end, saved to step" in output
+    assert read(tmp_path / "log.jsonl")[-1]["step"] == newest(tmp_path) - 1 < STEPS - 1
     with torchrun(2, command(tmp_path, model, "--save-every", "1000")) as job:
         status, output = finished(job)
     assert status == 0, output

@@ -19,6 +19,7 @@ from torch.multiprocessing.spawn import spawn
 from fastdiff.errors import InputError, check
 
 T = TypeVar("T")
+WRONG = "wrong"  # what a process says that ends without the others
 PATIENCE = timedelta(days=7)  # a process may wait long for another's metrics; one that dies is noticed at once
 
 
@@ -178,6 +179,13 @@ def _group(backend: str, method: str, number: int, count: int, timeout: timedelt
     try:
         yield
         distributed.barrier()  # nobody leaves while another one still reads from him
+    except InputError as error:
+        attempt.set(WRONG, str(error))
+        raise
+    except RuntimeError as error:  # perhaps because another process is gone, which has the better message
+        if not attempt.check([WRONG]):
+            raise
+        raise (InputError if number == 0 else ElsewhereError)(attempt.get(WRONG).decode()) from error
     finally:
         distributed.destroy_process_group()
 

@@ -59,9 +59,14 @@ class Saver:
         self._copies = {name: _copied(named, self._copies.get(name, {})) for name, named in tensors.items()}
         self._writing = self._thread.submit(self._write, step, self._copies, values)
 
+    @property
+    def writing(self) -> bool:
+        """Whether the last one is still being written."""
+        return self._writing is not None and not self._writing.done()
+
     def look(self) -> None:
         """Raise what went wrong with the last one, if it is done."""
-        if self._writing is not None and self._writing.done():
+        if not self.writing:
             self.wait()
 
     def wait(self) -> None:
