@@ -263,7 +263,7 @@ def test_a_newer_format_is_refused_not_passed_over(run):
 def test_a_manifest_cannot_name_files_elsewhere(run, name):
     path = save(run, 1)
     rewrite(path, **{name: {"bytes": 1, "sha256": "0" * 64}})
-    with pytest.raises(InputError, match="is not a plain file name|cannot be read"):
+    with pytest.raises(InputError, match=r"is not a plain file name|cannot be read"):
         checkpoint.load(path)
 
 
