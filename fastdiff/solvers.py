@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.errors import check
+from fastdiff.errors import check, choose
 from fastdiff.ops import row as rows
 from fastdiff.ops.step import posterior_letters
 from fastdiff.schedule import Levels, Schedule
 
 Letters = dict[str, Tensor]
-FEW = 15  #: a run of fewer steps ends with steps of lower order, where the solver is Lu et al.'s or DEIS
+FEW = 15  #: a run of fewer steps ends with steps of lower order by default, where the solver is Lu et al.'s or DEIS
 
 
 @dataclass(frozen=True)
@@ -256,49 +256,65 @@ def _transfer(
 # ---- several evaluations remembered ---------------------------------------------------------
 
 
-def dpmpp_2m(grid: Grid) -> Letters:
+def dpmpp_2m(grid: Grid, *, form: str = "midpoint", lower_order_final: bool | None = None) -> Letters:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x0 extrapolated in lambda from the last two estimates.
 
-    First order in the first step and in the last, whose step of lambda is infinite.
+    First order in the first step and in the last, whose step of lambda is infinite. ``form`` says how a step weighs
+    the difference of the two: as if in its ``midpoint``, or, as in ``heun``'s method, by the exact integral.
+    ``lower_order_final``: whether a run ends with lower orders; by default one of fewer than 15 steps.
     """
-    return _multistep(grid, [_first, _second], 0.0)
+    return _multistep(grid, [_first, _second_order(form)], 0.0, lower_order_final)
 
 
-def dpmpp_2m_sde(grid: Grid, *, eta: float = 1.0) -> Letters:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5), the midpoint form; eta scales its noise, 0 is dpmpp_2m."""
+def dpmpp_2m_sde(
+    grid: Grid, *, eta: float = 1.0, form: str = "midpoint", lower_order_final: bool | None = None
+) -> Letters:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5); eta scales its noise, 0 is dpmpp_2m."""
     check(eta >= 0, f"eta must not be negative, got {eta}")
-    return _multistep(grid, [_first, _second], eta)
+    return _multistep(grid, [_first, _second_order(form)], eta, lower_order_final)
 
 
-def dpmpp_3m(grid: Grid) -> Letters:
+def dpmpp_3m(grid: Grid, *, form: str = "midpoint", lower_order_final: bool | None = None) -> Letters:
     """The multistep third-order update as it is published in code; it converges with order 2.
 
     Its second difference enters with half the weight that the integral gives it: see dpmpp_3m_true.
     """
-    return _multistep(grid, [_first, _second, partial(_third, share=1.0)], 0.0)
+    return _multistep(grid, [_first, _second_order(form), partial(_third, share=1.0)], 0.0, lower_order_final)
 
 
-def dpmpp_3m_true(grid: Grid) -> Letters:
-    """DPM-Solver++(3M) of third order: the parabola through the last three estimates, integrated exactly."""
-    return _multistep(grid, [_first, _second, partial(_third, share=2.0)], 0.0)
+def dpmpp_3m_true(
+    grid: Grid, *, eta: float = 0.0, form: str = "midpoint", lower_order_final: bool | None = None
+) -> Letters:
+    """DPM-Solver++(3M) of third order: the parabola through the last three estimates, integrated exactly.
+
+    eta scales the noise of the SDE's form (Lu et al. 2022, section 5), 0 is the ODE's.
+    """
+    check(eta >= 0, f"eta must not be negative, got {eta}")
+    return _multistep(grid, [_first, _second_order(form), partial(_third, share=2.0)], eta, lower_order_final)
 
 
-def _multistep(grid: Grid, orders: list[Callable[..., list[Tensor]]], eta: float) -> Letters:
-    """Steps on x0 extrapolated from those that are remembered: as many as there are, none over an infinite step.
-
-    A run of few steps ends with lower orders.
+def _multistep(
+    grid: Grid, orders: list[Callable[..., list[Tensor]]], eta: float, lower_order_final: bool | None
+) -> Letters:
+    """Steps on x0 extrapolated from those that are remembered: as many as there are, none over a step that is infinite
+    or no step.
     """
     _, sigma, alpha_next, sigma_next = grid.steps
-    h = grid.h
+    h, usable = grid.h, torch.isfinite(grid.h) & (grid.h > 0)
     a, b, s = _transfer(sigma, alpha_next, sigma_next, h, eta)
     weights = torch.zeros(3, len(h), dtype=torch.float64)
     for order, weigh in enumerate(orders, 1):
-        at = torch.arange(len(h))[order - 1 : None if len(h) >= FEW else len(h) - order + 1]
-        at = at[torch.stack([torch.isfinite(h[at - back]) for back in range(order)]).all(0) | (order == 1)]
+        at = torch.arange(len(h))[order - 1 : len(h) - order + 1 if _gentle(grid, lower_order_final) else None]
+        at = at[torch.stack([usable[at - back] for back in range(order)]).all(0) | (order == 1)]
         of = weigh((1 + eta) * h[at], *(h[at] / h[at - back] for back in range(1, order)))
         weights[:order, at] = torch.stack(of)
     b, c1, c2 = alpha_next * weights
     return {"a": a, "b": b, "c1": c1, "c2": c2, "s": s, "v": torch.ones_like(a)}
+
+
+def _gentle(grid: Grid, lower_order_final: bool | None) -> bool:
+    """Whether a run ends with lower orders."""
+    return len(grid.h) < FEW if lower_order_final is None else lower_order_final
 
 
 def _first(h: Tensor) -> list[Tensor]:
@@ -309,6 +325,18 @@ def _second(h: Tensor, back: Tensor) -> list[Tensor]:
     """Along the line through two estimates; ``back`` is this step by the last."""
     gain = -torch.expm1(-h)
     return [gain * (1 + back / 2), -gain * back / 2]
+
+
+def _second_order(form: str) -> Callable[..., list[Tensor]]:
+    forms = {"midpoint": _second, "heun": _second_exact}
+    choose("form", form, forms)
+    return forms[form]
+
+
+def _second_exact(h: Tensor, back: Tensor) -> list[Tensor]:
+    """Along the same line, integrated exactly."""
+    line = (torch.expm1(-h) / h + 1) * back
+    return [-torch.expm1(-h) + line, -line]
 
 
 def _third(h: Tensor, back: Tensor, further: Tensor, share: float) -> list[Tensor]:
@@ -365,10 +393,13 @@ def _unified(h: Tensor, nodes: Tensor, variant: str) -> Tensor:
     return torch.cat((-torch.expm1(-h)[None] - each.sum(), each))
 
 
-def deis(grid: Grid, *, order: int = 3) -> Letters:
-    """DEIS of order 1 to 4 (Zhang & Chen 2023, the log-rho form): Adams-Bashforth on the slope over log(level)."""
+def deis(grid: Grid, *, order: int = 3, lower_order_final: bool | None = None) -> Letters:
+    """DEIS of order 1 to 4 (Zhang & Chen 2023, the log-rho form): Adams-Bashforth on the slope over log(level).
+
+    ``lower_order_final``: whether a run ends with lower orders; by default one of fewer than 15 steps.
+    """
     check(order in (1, 2, 3, 4), f"order must lie in 1...4, got {order}")
-    return _adams(grid, order, torch.log, torch.exp, gentle=True)
+    return _adams(grid, order, torch.log, torch.exp, gentle=_gentle(grid, lower_order_final))
 
 
 def lms(grid: Grid, *, order: int = 4) -> Letters:
@@ -387,7 +418,7 @@ def _adams(
     """The integral over the level of the polynomial in ``variable`` through the slopes that are remembered.
 
     ``inverse`` is the derivative of the level by the variable. Gauss's rule is exact here to the last digits. A
-    ``gentle`` run of few steps ends with lower orders.
+    ``gentle`` run ends with lower orders.
     """
     scale, scale_next = grid.scale[:-1], grid.scale[1:]
     u, v = slope_of(scale, grid.sigma[:-1])
@@ -395,7 +426,7 @@ def _adams(
     weights = torch.zeros(4, len(u), dtype=torch.float64)
     weights[0] = grid.level.diff()
     for i in range(1, len(u)):
-        left = len(u) - i if gentle and len(u) < FEW else order
+        left = len(u) - i if gentle else order
         used = min(order, i + 1, left) if torch.isfinite(x[i + 1]) else 1
         if used > 1:
             nodes, half = x[i - torch.arange(used)], (x[i + 1] - x[i]) / 2

@@ -115,4 +115,4 @@ def ddim(
     """a, b, s of the DDIM step (Song et al. 2021, eq. 12 and 16); eta = 1 is the DDPM posterior."""
     ratio = snr_ratio(alpha, sigma, alpha_next, sigma_next)
     a = sigma_next / sigma * (1 - eta**2 * (1 - ratio)).sqrt()
-    return a, alpha_next - alpha * a, eta * sigma_next * (1 - ratio).sqrt()
+    return a, alpha_next - alpha * a, eta * sigma_next * (1 - ratio).clamp(min=0).sqrt()

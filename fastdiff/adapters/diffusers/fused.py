@@ -1,0 +1,398 @@
+"""What our schedulers share: diffusers' class of the same name, whose ``step`` is one row of a solver's table.
+
+Configuration, files, timesteps, messages and whatever is not said here are the peer's own, by inheritance. A run is the
+rows from the index where somebody begins; each thread has its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.adapters.diffusers.per_thread import PerThread
+from fastdiff.adapters.diffusers.tables import SCHEDULES, schedule_of
+from fastdiff.errors import InputError, check
+from fastdiff.likelihood import NO_SIGNAL
+from fastdiff.ops import row as rows
+from fastdiff.schedule import Schedule
+from fastdiff.solvers import Grid, Letters
+
+#: what a run changes in a scheduler of diffusers, so that each thread has its own
+OF_A_RUN = (
+    *("timesteps", "sigmas", "num_inference_steps", "custom_timesteps", "alphas_cumprod", "is_scale_input_called"),
+    *("_step_index", "_begin_index", "model_outputs", "lower_order_nums", "timestep_list", "last_sample", "this_order"),
+    *("prev_derivative", "dt", "sample", "derivatives", "prk_timesteps", "plms_timesteps", "_timesteps"),
+    *("ets", "counter", "cur_sample", "cur_model_output", "_run"),
+)
+HALVES = (torch.float16, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
+TINY = 2.0**-24  #: diffusers' alpha-bar where there is no signal and a level is sigma / alpha
+ANY = Schedule.linear(2)  # builders of rows that ask a grid for its schedule ask for a name that is not "flow"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A solver's letters for the steps from an index on, and the levels at which the network is asked."""
+
+    letters: Letters
+    alpha: Tensor
+    sigma: Tensor
+
+
+@dataclass
+class Run:
+    """Rows on a device, and what the last one has left."""
+
+    key: Any
+    first: int
+    table: Tensor
+    noisy: list[bool]
+    history: tuple[Tensor, ...]
+    anchor: Tensor | None
+    next: int
+    left: Tensor | None = None  #: in half precision: what was given away, at which version
+    version: int = 0
+    state: Tensor | None = None  #: the same in float32
+
+
+class Fused:
+    """Mixed in before a scheduler of diffusers.
+
+    Args:
+        strict_compat: diffusers' float32 tables, timesteps and strides to the last bit. By default tables are float64,
+            rounded once, and what is wrong in diffusers is put right: see :mod:`fastdiff.adapters.diffusers`.
+        The rest: the peer's.
+    """
+
+    output: ClassVar[Callable[..., Any]]  #: what ``step`` returns with ``return_dict``
+    returns_x0: ClassVar[bool] = False
+    casts: ClassVar[bool] = False  #: whether a step's result has the network's dtype and not the promoted one
+    by_ratio: ClassVar[bool] = False  #: whether its levels are ``sigmas``
+
+    config: Any
+    alphas_cumprod: Tensor
+    betas: Tensor
+    timesteps: Tensor
+    sigmas: Tensor
+    num_inference_steps: int | None
+    _step_index: int | None
+    _begin_index: int | None
+    _run: Run | None
+    _extra: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        if len(cls.__bases__) < 2:  # no scheduler yet
+            return
+        peer = cls.__bases__[1]
+        for name in OF_A_RUN:
+            attribute = PerThread()
+            attribute.__set_name__(cls, name)
+            setattr(cls, name, attribute)
+        strict = inspect.Parameter("strict_compat", inspect.Parameter.KEYWORD_ONLY, default=False)
+        setattr(cls, "__init__", _as_in(peer.__init__, Fused._begin, strict))  # noqa: B010
+        setattr(cls, "set_timesteps", _as_in(peer.set_timesteps, Fused._set_timesteps))  # type: ignore[attr-defined] # noqa: B010
+        setattr(cls, "step", _as_in(peer.step, Fused._step))  # type: ignore[attr-defined] # noqa: B010
+        cls._extra = tuple(inspect.signature(peer.step).parameters)[4:]  # type: ignore[attr-defined]
+
+    # ---- the peer's methods, and what is put right -------------------------------------------
+
+    def _begin(self, *args: Any, strict_compat: bool = False, **kwargs: Any) -> None:
+        self._strict, self._exact, self._run = strict_compat, None, None
+        super().__init__(*args, **kwargs)
+        self.register_to_config(strict_compat=strict_compat)  # type: ignore[attr-defined]
+        if not strict_compat and hasattr(self, "betas"):
+            self._schedule = _schedule(self.config, self.betas)
+            self._exact = self._schedule.alpha**2
+            if self.by_ratio:
+                self._exact = self._exact.clamp(min=TINY)
+            self.alphas_cumprod = self._exact.float()
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        with self._exact_tables():
+            super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
+        self._run = None
+        wanted = args[0] if args else kwargs.get("num_inference_steps")
+        if not self._strict and wanted is not None and getattr(self.config, "timestep_spacing", "") == "trailing":
+            self._without_more_than(wanted)
+
+    def _without_more_than(self, steps: int) -> None:
+        """Trailing timesteps of diffusers end in a -1 too many where a stride is no whole number."""
+        if self.timesteps[-1] < 0:
+            self.timesteps, self.num_inference_steps = self.timesteps[:steps], steps
+            if self.by_ratio:
+                self.sigmas = torch.cat((self.sigmas[:steps], self.sigmas[-1:]))
+
+    @contextmanager
+    def _exact_tables(self) -> Iterator[None]:
+        """Levels of a run are made of float64."""
+        if self._exact is None:
+            yield
+            return
+        kept, self.alphas_cumprod = self.alphas_cumprod, self._exact
+        try:
+            yield
+        finally:
+            self.alphas_cumprod = kept
+
+    def _init_step_index(self, timestep: Any) -> None:
+        """Where a run begins; of several equal timesteps the one that was given, where that can be seen."""
+        place = None if self._strict or self._begin_index is not None else _place(timestep, self.timesteps)
+        if place is None:
+            super()._init_step_index(timestep)  # type: ignore[misc]
+        else:
+            self._step_index = place
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x0 + sigma noise, computed in float32 at least and rounded once to the samples' dtype."""
+        if self._exact is None or self.by_ratio:
+            wide = (
+                original_samples.dtype if self._strict else torch.promote_types(original_samples.dtype, torch.float32)
+            )
+            given = original_samples.to(wide), noise.to(wide), timesteps
+            noised: Tensor = super().add_noise(*given)  # type: ignore[misc]
+            return noised.to(original_samples.dtype)
+        alpha, sigma = self._levels_at(timesteps, original_samples)
+        return ops.add_noise(original_samples, alpha, sigma, noise.to(original_samples.dtype))
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha noise - sigma x0 (Salimans & Ho 2022, appendix D), as :meth:`add_noise` computes."""
+        if self._exact is None or self.by_ratio:
+            return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc,no-any-return]
+        alpha, sigma = self._levels_at(timesteps, sample)
+        return ops.add_noise(noise.to(sample.dtype), alpha, -sigma, sample)
+
+    def _levels_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        t = timesteps.to("cpu").expand(len(like))
+        return self._schedule.alpha[t].to(like.device), self._schedule.sigma[t].to(like.device)
+
+    # ---- a step ------------------------------------------------------------------------------
+
+    def _step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, return_dict: bool = True, **options: Any
+    ) -> Any:
+        options |= dict(zip(self._extra, args, strict=False))
+        return_dict = options.pop("return_dict", return_dict)
+        found = self._fused(model_output, timestep, sample, **options)
+        if found is None:
+            how = {**options, "return_dict": return_dict}
+            return super().step(model_output, timestep, sample, **how)  # type: ignore[misc]
+        return type(self).output(*found) if return_dict else found
+
+    def _fused(
+        self,
+        output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *,
+        generator: Any = None,
+        variance_noise: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, ...] | None:
+        """The results, or None where the peer has to answer: for what is rare, and with what is wrong."""
+        if self.num_inference_steps is None or not self._serves(**options):
+            return None
+        index = self._index(timestep)
+        if index is None:
+            return None
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        key = (sample.device, dtype, sample.shape, *options.items())
+        run = self._run
+        if run is None or run.key != key or not self._continues(run, index):
+            run = self._run = self._run_from(index, key, sample, options)
+        row = 0 if run is None else index - run.first
+        if run is None or row >= len(run.table):
+            return None
+        noise = variance_noise if variance_noise is not None else self._drawn(run, row, output, generator)
+        x = run.state if sample is run.left and sample._version == run.version else sample.to(dtype)
+        assert x is not None
+        made = self._row(run, row, x, output, None if noise is None else noise.to(x.device, x.dtype))
+        run.history, run.anchor, run.next = made.history, made.anchor, index + 1
+        self._passed()
+        return self._given_away(run, made, sample, output)
+
+    def _row(self, run: Run, row: int, x: Tensor, output: Tensor, noise: Tensor | None) -> ops.Step:
+        table, history = run.table, self._stored(run, x, output)
+        if getattr(self.config, "thresholding", False):
+            output, table = self._thresholded(table[row], x, output)
+            row = 0
+        stored: dict[str, Any] = {"history": history, "anchor": run.anchor}
+        return ops.affine_step(x, output, table, row, **stored, noise=noise, keep_x0=self.returns_x0)
+
+    def _given_away(self, run: Run, made: ops.Step, sample: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+        """In the peer's dtypes. What was rounded to half precision goes on unrounded, if it comes back as it is."""
+        dtype = output.dtype if self.casts else torch.promote_types(sample.dtype, output.dtype)
+        given = made.x.to(dtype)
+        run.left = None
+        if dtype in HALVES and not self._strict:
+            run.left, run.version, run.state = given, given._version, made.x
+        return (given, made.x0.to(dtype)) if self.returns_x0 and made.x0 is not None else (given,)
+
+    def _run_from(self, index: int, key: Any, sample: Tensor, options: dict[str, Any]) -> Run | None:
+        """Rows that are no numbers are an error; what diffusers makes of them is for the strict mode to repeat."""
+        found = self._rows(index, **options)
+        p, q = rows.to_x0(self._prediction, found.alpha, found.sigma)
+        try:
+            check(torch.isfinite(p).all(), NO_SIGNAL)
+            table = rows.make_table(len(p), p=p, q=q, clip=self._clip, **found.letters)
+        except InputError:
+            if self._strict:
+                return None
+            raise
+        used = [number for number in (1, 2, 3) if bool(found.letters.get(f"c{number}", p.new_zeros(1)).any())]
+        blank = torch.zeros(sample.shape, dtype=key[1], device=sample.device)
+        history = tuple(blank for _ in range(max(used, default=0)))
+        anchor = blank if bool(found.letters.get("e", p.new_zeros(1)).any()) else None
+        noisy = found.letters.get("s", p.new_zeros(len(p))) != 0
+        return Run(key, index, table.to(key[0], key[1]), noisy.tolist(), history, anchor, index)
+
+    def _thresholded(self, letters: Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 after dynamic thresholding (Saharia et al. 2022) for an output, and a row that takes it."""
+        p, q = (letters[rows.LETTERS.index(letter)] for letter in "pq")
+        x0 = self._threshold_sample(p * x + q * output[:, : x.shape[1]].to(x.dtype))  # type: ignore[attr-defined]
+        changed = letters.clone()
+        for letter, value in (("p", 0.0), ("q", 1.0), ("clip", torch.inf)):
+            changed[rows.LETTERS.index(letter)] = value
+        return torch.cat((x0, output[:, x.shape[1] :].to(x.dtype)), 1), changed[None]
+
+    def _drawn(self, run: Run, row: int, output: Tensor, generator: Any) -> Tensor | None:
+        """Noise from torch's generators, where the peer draws it too."""
+        if not self._draws(run, row):
+            return None
+        shape = (len(output), *run.key[2][1:])
+        drawn: Tensor = randn_tensor(shape, generator=generator, device=output.device, dtype=self._noise_dtype(output))
+        return drawn
+
+    # ---- what a scheduler says of itself ------------------------------------------------------
+
+    def _rows(self, first: int, **options: Any) -> Rows:
+        """The rows from an index on."""
+        raise NotImplementedError
+
+    def _serves(self, **options: Any) -> bool:
+        """Whether rows can say what is asked."""
+        return True
+
+    def _stored(self, run: Run, x: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+        """The vectors that a row is given beside x and the output."""
+        return run.history
+
+    def _draws(self, run: Run, row: int) -> bool:
+        return run.noisy[row]
+
+    def _noise_dtype(self, output: Tensor) -> torch.dtype:
+        return output.dtype
+
+    def _continues(self, run: Run, index: int) -> bool:
+        """Whether a run has come to this index, or remembers nothing that would be wrong there."""
+        return run.next == index or (not run.history and run.anchor is None and index >= run.first)
+
+    def _index(self, timestep: Any) -> int | None:
+        """The number of the step; None for a timestep that is none of the run's."""
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        return self._step_index
+
+    def _passed(self) -> None:
+        assert self._step_index is not None
+        self._step_index += 1
+
+    @property
+    def _prediction(self) -> str:
+        return str(self.config.prediction_type)
+
+    @property
+    def _clip(self) -> float:
+        clips = getattr(self.config, "clip_sample", False) and not getattr(self.config, "thresholding", False)
+        return float(self.config.clip_sample_range) if clips else torch.inf
+
+
+class ByTimestep(Fused):
+    """Steps of a scheduler that finds its place by the timestep alone."""
+
+    def _index(self, timestep: Any) -> int | None:
+        place = _place(timestep, self.timesteps)
+        if place is None:
+            found = (self.timesteps == timestep).nonzero()
+            place = int(found[0]) if len(found) == 1 else None
+        return place
+
+    def _passed(self) -> None:
+        pass
+
+    def _levels(self) -> tuple[Tensor, Tensor]:
+        """alpha and sigma by timestep, float64: exact, or of the peer's float32 tables."""
+        if not self._strict:
+            return self._schedule.alpha, self._schedule.sigma
+        bars = self.alphas_cumprod.double().cpu()
+        return bars.sqrt(), (1 - bars).sqrt()
+
+    def _grid(self, t: Tensor, end: tuple[float, float]) -> Grid:
+        """The levels of these timesteps, and where they end; ``t`` are their numbers."""
+        columns = [
+            torch.cat((table[t], table.new_tensor([last]))) for table, last in zip(self._levels(), end, strict=True)
+        ]
+        return Grid(columns[0], columns[1], torch.arange(len(t) + 1).double(), ANY)
+
+
+class ByRatio(Fused):
+    """Steps of a scheduler whose levels are ``sigmas``, that is sigma / alpha."""
+
+    by_ratio = True
+
+    def _grid(self, first: int, *, preserving: bool) -> Grid:
+        """The levels from an index on, ``t`` their numbers; of a variance-preserving state, or with alpha = 1."""
+        ratio = self.sigmas.double().cpu()[first:]
+        alpha = torch.ones_like(ratio)
+        if getattr(self.config, "use_flow_sigmas", False):
+            alpha = 1 - ratio
+        elif preserving:
+            alpha = (1 + ratio**2).rsqrt()
+            ratio = ratio * alpha
+        return Grid(alpha, ratio, torch.arange(len(ratio)).double(), ANY)
+
+    def _of_grid(self, grid: Grid, letters: Letters) -> Rows:
+        at = letters.pop("t", grid.t[:-1]).long()
+        letters.pop("step", None)
+        return Rows(letters, grid.alpha[at], grid.sigma[at])
+
+
+def without_last(letters: Letters, other: Letters) -> Letters:
+    """The letters, with the last row of others."""
+    names = letters.keys() | other.keys()
+    zeros = torch.zeros_like(letters["a"])
+    return {name: torch.cat((letters.get(name, zeros)[:-1], other.get(name, zeros)[-1:])) for name in names}
+
+
+def _schedule(config: Any, betas: Tensor) -> Schedule:
+    known = config.get("trained_betas") is not None or config.get("beta_schedule") in SCHEDULES
+    return schedule_of(config) if known else Schedule.from_betas(betas.double())
+
+
+def _place(timestep: Any, timesteps: Tensor) -> int | None:
+    """Which of the timesteps a tensor is, where it is a view of them: to look at its value would wait for a GPU."""
+    if not isinstance(timestep, Tensor) or timestep.ndim or not timesteps.numel():
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return (int(timestep.storage_offset()) - int(timesteps.storage_offset())) // timesteps.stride(0)
+
+
+def _as_in(peer: Callable[..., Any], own: Callable[..., Any], *more: inspect.Parameter) -> Callable[..., Any]:
+    """``own`` with the signature of the peer's method, which pipelines look at, and its docstring."""
+
+    @functools.wraps(peer)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    given = inspect.signature(peer)
+    method.__signature__ = given.replace(parameters=[*given.parameters.values(), *more])  # type: ignore[attr-defined]
+    return method
