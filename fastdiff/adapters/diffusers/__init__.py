@@ -7,6 +7,8 @@ take it for that; ``step`` is one row of a solver's table, by the fused ops::
 
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 
+``accelerate(pipeline)`` does so, and takes our network for a ``UNet2DModel``; ``restore(pipeline)`` undoes it.
+
 ``strict_compat=True`` keeps diffusers' float32 tables, timesteps and strides to the last bit. By default
 
 * tables are float64 and rounded once (diffusers' product of float32 alphas loses up to three digits of 1 - alpha-bar);
@@ -43,7 +45,8 @@ SCHEDULERS = (
     "LCMScheduler",
     "FlowMatchEulerDiscreteScheduler",
 )
-__all__ = [*SCHEDULERS]
+PIPELINES = ("accelerate", "restore")
+__all__ = [*SCHEDULERS, *PIPELINES]
 
 
 def __getattr__(name: str) -> Any:
@@ -51,4 +54,8 @@ def __getattr__(name: str) -> Any:
         from fastdiff.adapters.diffusers import schedulers
 
         return getattr(schedulers, name)
+    if name in PIPELINES:
+        from fastdiff.adapters.diffusers import pipelines
+
+        return getattr(pipelines, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

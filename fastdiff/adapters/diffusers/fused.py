@@ -33,7 +33,7 @@ OF_A_RUN = (
     *("prev_derivative", "dt", "sample", "derivatives", "prk_timesteps", "plms_timesteps", "_timesteps"),
     *("ets", "counter", "cur_sample", "cur_model_output", "_run"),
 )
-HALVES = (torch.float16, torch.bfloat16)
+TABLES = 8  #: that a scheduler keeps
 INTEGERS = (torch.int32, torch.int64)
 TINY = 2.0**-24  #: diffusers' alpha-bar where there is no signal and a level is sigma / alpha
 ANY = Schedule.linear(2)  # builders of rows that ask a grid for its schedule ask for a name that is not "flow"
@@ -55,6 +55,7 @@ class Run:
     key: Any
     first: int
     table: Tensor
+    dtype: torch.dtype  #: of what is given away
     noisy: list[bool]
     history: tuple[Tensor, ...]
     anchor: Tensor | None
@@ -94,14 +95,14 @@ class Fused:
             return
         peer = cls.__bases__[1]
         for name in OF_A_RUN:
-            attribute = PerThread()
-            attribute.__set_name__(cls, name)
-            setattr(cls, name, attribute)
+            setattr(cls, name, PerThread(name))
         strict = inspect.Parameter("strict_compat", inspect.Parameter.KEYWORD_ONLY, default=False)
-        setattr(cls, "__init__", _as_in(peer.__init__, Fused._begin, strict))  # noqa: B010
-        setattr(cls, "set_timesteps", _as_in(peer.set_timesteps, Fused._set_timesteps))  # type: ignore[attr-defined] # noqa: B010
-        setattr(cls, "step", _as_in(peer.step, Fused._step))  # type: ignore[attr-defined] # noqa: B010
-        cls._extra = tuple(inspect.signature(peer.step).parameters)[4:]  # type: ignore[attr-defined]
+        theirs = vars(peer)
+        setattr(cls, "__init__", _as_in(theirs["__init__"], Fused._begin, strict))  # noqa: B010
+        for name in ("set_timesteps", "step", "add_noise", "get_velocity"):
+            if name in theirs:
+                setattr(cls, name, _as_in(theirs[name], getattr(Fused, f"_{name}")))
+        cls._extra = tuple(inspect.signature(theirs["step"]).parameters)[4:]
 
     # ---- the peer's methods, and what is put right -------------------------------------------
 
@@ -113,7 +114,7 @@ class Fused:
             self._schedule = _schedule(self.config, self.betas)
             self._exact = self._schedule.alpha**2
             if self.by_ratio:
-                self._exact = self._exact.clamp(min=TINY)
+                self._exact = self._exact.masked_fill(self._exact == 0, TINY)
             self.alphas_cumprod = self._exact.float()
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -151,7 +152,7 @@ class Fused:
         else:
             self._step_index = place
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def _add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x0 + sigma noise, computed in float32 at least and rounded once to the samples' dtype."""
         if self._exact is None or self.by_ratio:
             wide = (
@@ -163,8 +164,8 @@ class Fused:
         alpha, sigma = self._levels_at(timesteps, original_samples)
         return ops.add_noise(original_samples, alpha, sigma, noise.to(original_samples.dtype))
 
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha noise - sigma x0 (Salimans & Ho 2022, appendix D), as :meth:`add_noise` computes."""
+    def _get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha noise - sigma x0 (Salimans & Ho 2022, appendix D), as noise is added."""
         if self._exact is None or self.by_ratio:
             return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc,no-any-return]
         alpha, sigma = self._levels_at(timesteps, sample)
@@ -181,6 +182,8 @@ class Fused:
     ) -> Any:
         options |= dict(zip(self._extra, args, strict=False))
         return_dict = options.pop("return_dict", return_dict)
+        if unknown := options.keys() - set(self._extra):
+            raise TypeError(f"step() got an unexpected keyword argument {', '.join(sorted(unknown))}")
         found = self._fused(model_output, timestep, sample, **options)
         if found is None:
             how = {**options, "return_dict": return_dict}
@@ -203,21 +206,20 @@ class Fused:
         index = self._index(timestep)
         if index is None:
             return None
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        key = (sample.device, dtype, sample.shape, *options.items())
+        key = (sample.device, sample.dtype, output.dtype, sample.shape, *options.items())
         run = self._run
         if run is None or run.key != key or not self._continues(run, index):
-            run = self._run = self._run_from(index, key, sample, options)
+            run = self._run = self._run_from(index, key, sample, output, options)
         row = 0 if run is None else index - run.first
-        if run is None or row >= len(run.table):
+        if run is None or row >= len(run.noisy):
             return None
         noise = variance_noise if variance_noise is not None else self._drawn(run, row, output, generator)
-        x = run.state if sample is run.left and sample._version == run.version else sample.to(dtype)
+        x = run.state if sample is run.left and sample._version == run.version else _as(sample, run.table)
         assert x is not None
-        made = self._row(run, row, x, output, None if noise is None else noise.to(x.device, x.dtype))
+        made = self._row(run, row, x, output, None if noise is None else _as(noise, run.table))
         run.history, run.anchor, run.next = made.history, made.anchor, index + 1
         self._passed()
-        return self._given_away(run, made, sample, output)
+        return self._given_away(run, made)
 
     def _row(self, run: Run, row: int, x: Tensor, output: Tensor, noise: Tensor | None) -> ops.Step:
         table, history = run.table, self._stored(run, x, output)
@@ -227,32 +229,47 @@ class Fused:
         stored: dict[str, Any] = {"history": history, "anchor": run.anchor}
         return ops.affine_step(x, output, table, row, **stored, noise=noise, keep_x0=self.returns_x0)
 
-    def _given_away(self, run: Run, made: ops.Step, sample: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+    def _given_away(self, run: Run, made: ops.Step) -> tuple[Tensor, ...]:
         """In the peer's dtypes. What was rounded to half precision goes on unrounded, if it comes back as it is."""
-        dtype = output.dtype if self.casts else torch.promote_types(sample.dtype, output.dtype)
-        given = made.x.to(dtype)
-        run.left = None
-        if dtype in HALVES and not self._strict:
+        if run.dtype == made.x.dtype:
+            return (made.x, made.x0) if made.x0 is not None else (made.x,)
+        given = made.x.to(run.dtype)
+        if not self._strict:
             run.left, run.version, run.state = given, given._version, made.x
-        return (given, made.x0.to(dtype)) if self.returns_x0 and made.x0 is not None else (given,)
+        return (given, made.x0.to(run.dtype)) if made.x0 is not None else (given,)
 
-    def _run_from(self, index: int, key: Any, sample: Tensor, options: dict[str, Any]) -> Run | None:
+    def _run_from(self, index: int, key: Any, sample: Tensor, output: Tensor, options: dict[str, Any]) -> Run | None:
         """Rows that are no numbers are an error; what diffusers makes of them is for the strict mode to repeat."""
-        found = self._rows(index, **options)
-        p, q = rows.to_x0(self._prediction, found.alpha, found.sigma)
         try:
-            check(torch.isfinite(p).all(), NO_SIGNAL)
-            table = rows.make_table(len(p), p=p, q=q, clip=self._clip, **found.letters)
+            letters = self._table(index, tuple(options.items()))
         except InputError:
             if self._strict:
                 return None
             raise
-        used = [number for number in (1, 2, 3) if bool(found.letters.get(f"c{number}", p.new_zeros(1)).any())]
-        blank = torch.zeros(sample.shape, dtype=key[1], device=sample.device)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        table = letters.to(sample.device, dtype)
+        column = dict(zip(rows.LETTERS, letters.unbind(1), strict=True))
+        used = [number for number in (1, 2, 3) if bool(column[f"c{number}"].any())]
+        blank = torch.zeros(sample.shape, dtype=dtype, device=sample.device)
         history = tuple(blank for _ in range(max(used, default=0)))
-        anchor = blank if bool(found.letters.get("e", p.new_zeros(1)).any()) else None
-        noisy = found.letters.get("s", p.new_zeros(len(p))) != 0
-        return Run(key, index, table.to(key[0], key[1]), noisy.tolist(), history, anchor, index)
+        anchor = blank if bool(column["e"].any()) else None
+        given = output.dtype if self.casts else torch.promote_types(sample.dtype, output.dtype)
+        return Run(key, index, table, given, (column["s"] != 0).tolist(), history, anchor, index)
+
+    def _table(self, index: int, options: tuple[tuple[str, Any], ...]) -> Tensor:
+        """The rows from an index on, float64; those of the latest runs are kept."""
+        levels = self.sigmas if self.by_ratio else self.timesteps
+        key = index, options, tuple(levels.tolist()), self.num_inference_steps
+        kept = self.__dict__.setdefault("_tables", {})
+        if key not in kept:
+            found = self._rows(index, **dict(options))
+            p, q = rows.to_x0(self._prediction, found.alpha, found.sigma)
+            check(torch.isfinite(p).all(), NO_SIGNAL)
+            while len(kept) >= TABLES:
+                kept.pop(next(iter(kept)), None)
+            kept[key] = rows.make_table(len(p), p=p, q=q, clip=self._clip, **found.letters)
+        table: Tensor = kept[key]
+        return table
 
     def _thresholded(self, letters: Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """x0 after dynamic thresholding (Saharia et al. 2022) for an output, and a row that takes it."""
@@ -267,7 +284,7 @@ class Fused:
         """Noise from torch's generators, where the peer draws it too."""
         if not self._draws(run, row):
             return None
-        shape = (len(output), *run.key[2][1:])
+        shape = (len(output), *run.key[3][1:])
         drawn: Tensor = randn_tensor(shape, generator=generator, device=output.device, dtype=self._noise_dtype(output))
         return drawn
 
@@ -370,6 +387,11 @@ def without_last(letters: Letters, other: Letters) -> Letters:
     names = letters.keys() | other.keys()
     zeros = torch.zeros_like(letters["a"])
     return {name: torch.cat((letters.get(name, zeros)[:-1], other.get(name, zeros)[-1:])) for name in names}
+
+
+def _as(x: Tensor, like: Tensor) -> Tensor:
+    """On the device and in the dtype of the rows."""
+    return x if x.dtype == like.dtype and x.device == like.device else x.to(like.device, like.dtype)
 
 
 def _schedule(config: Any, betas: Tensor) -> Schedule:

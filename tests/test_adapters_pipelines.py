@@ -1,0 +1,272 @@
+"""Other people's code over our schedulers: files, classes, pipelines, threads, and what was wrong in diffusers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff import InputError
+from fastdiff.adapters import diffusers as adapters
+
+diffusers = pytest.importorskip("diffusers")
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def unet(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    small = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    return diffusers.UNet2DModel(**small, **blocks, attention_head_dim=8, **settings).eval()
+
+
+def pipeline(kind: str, scheduler: Any) -> Any:
+    made = getattr(diffusers, kind)(unet(), scheduler)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def images(pipe: Any, **call: Any) -> Tensor:
+    """``[2, 8, 8, 3]`` in [0, 1]."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.from_numpy(pipe(batch_size=2, generator=generator, output_type="np", **call).images)
+
+
+def given_away(scheduler: Any, steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+    """What a run of a scheduler leaves, of a network that is a function of its input."""
+    scheduler.set_timesteps(steps)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(x + 0.1), t, x, **options).prev_sample
+    return x
+
+
+# ---- classes and files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", adapters.SCHEDULERS)
+def test_a_scheduler_is_diffusers_own_to_everybody(name: str, tmp_path: Path) -> None:
+    theirs, ours = getattr(diffusers, name)(num_train_timesteps=500), getattr(adapters, name)(num_train_timesteps=500)
+    assert isinstance(ours, type(theirs))
+    ours.save_pretrained(tmp_path)
+    for kind in (type(theirs), type(ours)):
+        loaded = kind.from_pretrained(tmp_path)
+        assert type(loaded) is kind
+        assert loaded.config.num_train_timesteps == 500
+    again = type(ours).from_config(theirs.config, strict_compat=True)
+    assert again.config.strict_compat
+    assert {**theirs.config, "strict_compat": True}.items() <= {**again.config}.items()
+    assert type(theirs).from_config(ours.config).config.num_train_timesteps == 500
+    for method in ("step", "set_timesteps", "add_noise", "get_velocity", "scale_model_input"):
+        assert hasattr(theirs, method) == hasattr(ours, method)
+        if hasattr(theirs, method):
+            assert inspect.signature(getattr(theirs, method)) == inspect.signature(getattr(ours, method))
+
+
+def test_a_config_of_another_scheduler_brings_what_it_says_and_no_defaults() -> None:
+    """As with diffusers: settings that nobody had chosen do not go from one class to another."""
+    config = diffusers.DDIMScheduler(beta_schedule="scaled_linear").config
+    ours = adapters.DPMSolverMultistepScheduler.from_config(config)
+    assert ours.config.beta_schedule == "scaled_linear"
+    assert ours.config.timestep_spacing == "linspace"
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_copies_have_a_run_of_their_own(name: str) -> None:
+    scheduler = getattr(adapters, name)()
+    scheduler.set_timesteps(5)
+    for copied in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        assert torch.equal(copied.timesteps, scheduler.timesteps)
+        copied.set_timesteps(3)
+        assert len(scheduler.timesteps) == 5
+
+
+def test_the_adapters_bring_nothing_to_the_import_of_fastdiff() -> None:
+    said = "import sys, fastdiff, fastdiff.adapters.diffusers; print('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# ---- what was wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [61, 103, 121, 999])
+def test_trailing_timesteps_do_not_end_in_minus_one(steps: int) -> None:
+    for name in adapters.SCHEDULERS[:3]:
+        theirs, ours = (getattr(room, name)(timestep_spacing="trailing") for room in (diffusers, adapters))
+        for each in (theirs, ours):
+            each.set_timesteps(steps)
+        assert ours.timesteps[-1] >= 0
+        assert len(ours.timesteps) == steps
+        assert torch.equal(ours.timesteps, theirs.timesteps[:steps])
+
+
+def test_equal_timesteps_do_not_end_a_run() -> None:
+    settings = {"beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True}
+    with pytest.raises(IndexError):
+        given_away(diffusers.DPMSolverMultistepScheduler(**settings), 9)
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"):
+        for steps in (5, 9, 20, 50):
+            assert torch.isfinite(given_away(getattr(adapters, name)(**settings), steps)).all()
+
+
+def test_fixed_large_log_is_a_variance() -> None:
+    assert not torch.isfinite(given_away(diffusers.DDPMScheduler(variance_type="fixed_large_log"), 5)).all()
+    runs = []
+    for variance in ("fixed_large_log", "fixed_large"):
+        generator = torch.Generator().manual_seed(0)
+        runs.append(given_away(adapters.DDPMScheduler(variance_type=variance), 5, generator=generator))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_noise_is_added_to_half_precision(dtype: torch.dtype) -> None:
+    t, x0 = torch.arange(0, 1000, 7), torch.zeros(143, 3, 4, 4, dtype=dtype)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sigma = (1 - adapters.DDPMScheduler(strict_compat=True).alphas_cumprod.double()[t]).sqrt().view(-1, 1, 1, 1)
+    exact = sigma * noise.double()
+    for name in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LCMScheduler"):
+        noised = getattr(adapters, name)(beta_start=1e-4, beta_end=0.02, beta_schedule="linear").add_noise(x0, noise, t)
+        assert noised.dtype == dtype
+        assert float((noised.double() - exact).abs().max()) <= 2**-7 * float(exact.abs().max())
+        assert (noised[0] != 0).any()  # where diffusers adds nothing to bfloat16
+
+
+def test_a_state_in_half_precision_goes_on_unrounded() -> None:
+    config = {"clip_sample": False, "beta_schedule": "scaled_linear"}
+    wanted = given_away(adapters.DDIMScheduler(**config), 50)
+    ours, theirs = (
+        (given_away(room.DDIMScheduler(**config), 50, torch.bfloat16) - wanted).abs().max()
+        for room in (adapters, diffusers)
+    )
+    assert ours < 0.5 * theirs
+
+
+def test_a_state_that_was_changed_in_between_is_taken_as_it_is() -> None:
+    scheduler = adapters.DDIMScheduler()
+    scheduler.set_timesteps(4)
+    x = torch.ones(1, 3, 4, 4, dtype=torch.bfloat16)
+    first = scheduler.step(x, scheduler.timesteps[0], x).prev_sample
+    first.zero_()
+    assert scheduler._run.left is first
+    second = scheduler.step(torch.zeros_like(x), scheduler.timesteps[1], first).prev_sample
+    assert not second.any()
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler"]
+)
+def test_a_step_before_set_timesteps_is_the_error_of_diffusers(name: str) -> None:
+    x = torch.zeros(1, 3, 4, 4)
+    for room in (diffusers, adapters):
+        with pytest.raises(ValueError, match="set_timesteps"):
+            getattr(room, name)().step(x, 1, x)
+
+
+def test_wrong_lists_numbers_and_generators_are_errors_of_diffusers() -> None:
+    x = torch.zeros(3, 3, 4, 4)
+    for room in (diffusers, adapters):
+        scheduler = room.DDPMScheduler()
+        with pytest.raises(ValueError, match="descending"):
+            scheduler.set_timesteps(timesteps=[1, 5])
+        with pytest.raises(ValueError, match="cannot be larger"):
+            scheduler.set_timesteps(2000)
+        scheduler.set_timesteps(4)
+        with pytest.raises(IndexError):  # one for three samples
+            scheduler.step(x, scheduler.timesteps[0], x, generator=[torch.Generator()] * 2)
+        euler = room.EulerDiscreteScheduler()
+        euler.set_timesteps(4)
+        with pytest.raises(ValueError, match="integer indices"):
+            euler.step(x, 3, x)
+        with pytest.raises(TypeError):
+            scheduler.step(x, scheduler.timesteps[0], x, temperature=2)
+
+
+def test_no_signal_and_epsilon_is_said() -> None:
+    scheduler = adapters.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(InputError, match="zero terminal SNR"):
+        given_away(scheduler, 4)
+
+
+# ---- pipelines ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "call"),
+    [("DDPMPipeline", "DDPMScheduler", {}), ("DDIMPipeline", "DDIMScheduler", {"eta": 0.5})],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_pipeline_gives_the_same_images(kind: str, name: str, call: dict[str, Any], strict: bool) -> None:
+    pipe = pipeline(kind, getattr(diffusers, name)())
+    theirs = images(pipe, num_inference_steps=20, **call)
+    adapters.accelerate(pipe, strict_compat=strict)
+    assert type(pipe.scheduler) is getattr(adapters, name)
+    assert type(pipe.unet).__name__ == "Network"
+    assert (images(pipe, num_inference_steps=20, **call) - theirs).abs().max() < (2e-5 if strict else 2e-3)
+    adapters.restore(pipe)
+    assert type(pipe.unet) is diffusers.UNet2DModel
+    assert torch.equal(images(pipe, num_inference_steps=20, **call), theirs)
+
+
+def test_bfloat16_is_inside_the_network_alone() -> None:
+    pipe = pipeline("DDIMPipeline", diffusers.DDIMScheduler())
+    theirs = images(pipe, num_inference_steps=10)
+    adapters.accelerate(pipe, precision="bf16")
+    assert pipe.unet.dtype == torch.float32
+    assert 0 < (images(pipe, num_inference_steps=10) - theirs).abs().mean() < 0.02
+
+
+def test_what_cannot_be_accelerated_says_so() -> None:
+    pipe = pipeline("DDPMPipeline", diffusers.DDPMScheduler())
+    with pytest.raises(InputError, match="not accelerated"):
+        adapters.restore(pipe)
+    with pytest.raises(InputError, match="unknown precision 'half'"):
+        adapters.accelerate(pipe, precision="half")
+    adapters.accelerate(pipe)
+    with pytest.raises(InputError, match="accelerated already"):
+        adapters.accelerate(pipe)
+    other = pipeline("DDPMPipeline", diffusers.DDPMScheduler())
+    other.scheduler = diffusers.DDIMInverseScheduler()
+    with pytest.raises(InputError, match="DDIMInverseScheduler"):
+        adapters.accelerate(other)
+
+
+@pytest.mark.parametrize("kind", ["DDIMPipeline", "DDPMPipeline"])
+def test_threads_share_a_pipeline(kind: str) -> None:
+    """16 at once, of different lengths, over one scheduler: the images of one after another."""
+    pipe = adapters.accelerate(pipeline(kind, getattr(diffusers, kind.replace("Pipeline", "Scheduler"))()))
+    lengths = [3 + number % 5 for number in range(16)]
+    alone = [images(pipe, num_inference_steps=steps) for steps in lengths]
+    barrier = threading.Barrier(16)
+
+    def run(steps: int) -> Tensor:
+        torch.set_num_threads(1)
+        barrier.wait()
+        return images(pipe, num_inference_steps=steps)
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(run, lengths))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_threads_share_a_scheduler_that_remembers() -> None:
+    scheduler = adapters.DPMSolverMultistepScheduler()
+    lengths = [4 + number % 7 for number in range(16)]
+    alone = [given_away(scheduler, steps) for steps in lengths]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda steps: given_away(scheduler, steps), lengths))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
