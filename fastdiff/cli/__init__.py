@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fastdiff.cli import convert, demo, info, sample, train
+from fastdiff.cli import convert, demo, doctor, info, sample, train, verify
 from fastdiff.cli import eval as evaluation
 from fastdiff.errors import InputError
 from fastdiff.training.distributed import ElsewhereError
@@ -21,7 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo.demo, train.train, sample.sample, evaluation.eval_, convert.convert, info.info):
+COMMANDS = (
+    *(demo.demo, train.train, sample.sample, evaluation.eval_),
+    *(verify.verify_, doctor.doctor, convert.convert, info.info),
+)
+for command in COMMANDS:
     app.command(command.__name__.rstrip("_"))(command)
 
 

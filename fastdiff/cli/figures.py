@@ -29,10 +29,16 @@ def require_matplotlib() -> None:
     check(find_spec("matplotlib"), "this needs matplotlib: pip install 'fastdiff[demo]'")
 
 
+def _can_draw(path: Path) -> bool:
+    found = find_spec("matplotlib") is not None
+    if not found:
+        print(f"{path.name} is left out: it needs matplotlib, pip install 'fastdiff[demo]'", file=sys.stderr)
+    return found
+
+
 def loss_curve(path: Path, losses: list[float]) -> None:
     """The loss of every step and its running mean; without matplotlib, only a line that says so."""
-    if not find_spec("matplotlib"):
-        print(f"{path.name} is left out: it needs matplotlib, pip install 'fastdiff[demo]'", file=sys.stderr)
+    if not _can_draw(path):
         return
     figure, axes = _figure(1, 1, size=(6.4, 4.0))
     window = max(1, len(losses) // 50)
@@ -43,6 +49,18 @@ def loss_curve(path: Path, losses: list[float]) -> None:
         axes[0, 0].set_yscale("log")
     axes[0, 0].set(xlabel="training step", ylabel="loss")
     axes[0, 0].legend(frameon=False)
+    _save(figure, path)
+
+
+def divergence(path: Path, curves: dict[str, list[float]]) -> None:
+    """How far runs are from the exact one after each step; without matplotlib, only a line that says so."""
+    if not _can_draw(path):
+        return
+    figure, axes = _figure(1, 1, size=(6.4, 4.0))
+    for name, values in curves.items():
+        axes[0, 0].plot(values, label=name, linestyle="--" if name == "budget" else "-")
+    axes[0, 0].set(xlabel="step", ylabel="largest difference from float64", yscale="log")
+    axes[0, 0].legend()
     _save(figure, path)
 
 
