@@ -224,10 +224,12 @@ def test_a_pipeline_gives_the_same_images(kind: str, name: str, call: dict[str, 
 
 def test_bfloat16_is_inside_the_network_alone() -> None:
     pipe = pipeline("DDIMPipeline", diffusers.DDIMScheduler())
-    theirs = images(pipe, num_inference_steps=10)
+    exact = images(pipe, num_inference_steps=10)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = images(pipe, num_inference_steps=10)
     adapters.accelerate(pipe, precision="bf16")
     assert pipe.unet.dtype == torch.float32
-    assert 0 < (images(pipe, num_inference_steps=10) - theirs).abs().mean() < 0.02
+    assert 0 < (images(pipe, num_inference_steps=10) - exact).abs().mean() < 2 * (theirs - exact).abs().mean()
 
 
 def test_what_cannot_be_accelerated_says_so() -> None:

@@ -13,8 +13,8 @@ from diffusers.training_utils import compute_snr
 from doctor_tools import COSINE, LATENTS, NAMES, STABLE, found, names, peer, quiet, saved  # noqa: F401
 
 from fastdiff.adapters import doctor
+from fastdiff.adapters.diffusers.tables import schedule_of
 from fastdiff.adapters.doctor import noise_levels, spacing
-from fastdiff.adapters.doctor.description import schedule_of
 from fastdiff.adapters.doctor.facts import CLASSES, KEYS, OTHERS
 from fastdiff.adapters.doctor.reading import SAMPLING
 from fastdiff.cli.sample import SampleConfig

@@ -11,6 +11,8 @@ import torch
 import typer
 
 from fastdiff import _io
+from fastdiff.adapters.diffusers.tables import KINDS as BETA_SCHEDULES
+from fastdiff.adapters.diffusers.tables import schedule_of
 from fastdiff.diffusion import Diffusion
 from fastdiff.errors import check, choose
 from fastdiff.models import UNet
@@ -26,8 +28,6 @@ FORMATS = ("fastdiff", "diffusers", "guided-diffusion")
 ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 KINDS = f"a fastdiff run, a directory of diffusers with {CONFIG} or {PIPELINE}, or a .pt or .safetensors file"
 SCHEDULER = "scheduler_config.json"  #: of a pipeline, beside its network's files or in its own directory
-#: diffusers' names of schedules in ours
-SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 VARIANCES = {
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
@@ -104,22 +104,12 @@ def _of_options(schedule: str | None, timesteps: int | None, prediction: str | N
 def _of_scheduler(path: Path) -> dict[str, Any]:
     """What a scheduler of diffusers says; nothing if it is one without betas."""
     given = _io.read_json(path)
-    betas, kind = given.get("trained_betas"), given.get("beta_schedule")
-    if betas is None and kind not in list(SCHEDULES):
+    if given.get("trained_betas") is None and given.get("beta_schedule") not in BETA_SCHEDULES:
         return {}
-    schedule = Schedule.from_betas(betas) if betas is not None else _of_betas(SCHEDULES[str(kind)], given)
-    if given.get("rescale_betas_zero_snr"):
-        schedule = schedule.rescale_zero_terminal_snr()
     variance = given.get("variance_type", "fixed_small")
     choose(f"variance_type in {path}:", variance, VARIANCES)
     fixed = {"variance": VARIANCES[variance]} if "variance_type" in given else {}
-    return {"schedule": schedule, "prediction": given.get("prediction_type", "epsilon"), **fixed}
-
-
-def _of_betas(name: str, given: dict[str, Any]) -> Schedule:
-    ends = {"beta_start": given.get("beta_start", 1e-4), "beta_end": given.get("beta_end", 0.02)}
-    size = {"name": name, "timesteps": given.get("num_train_timesteps", 1000)}
-    return Schedule.from_config(size if name == "cosine" else size | ends)
+    return {"schedule": schedule_of(given), "prediction": given.get("prediction_type", "epsilon"), **fixed}
 
 
 def _of_flags(path: Path | None) -> dict[str, Any]:
@@ -130,9 +120,10 @@ def _of_flags(path: Path | None) -> dict[str, Any]:
     steps, name = flags.get("diffusion_steps", 1000), flags["noise_schedule"]
     same = steps == 1000 or not flags.get("rescale_timesteps")
     check(same, f"{path}: rescale_timesteps with diffusion_steps={steps} cannot be converted: it must be False")
-    linear = {"num_train_timesteps": steps, "beta_start": 0.1 / steps, "beta_end": 20 / steps}
+    kind = "squaredcos_cap_v2" if name == "cosine" else name
+    betas = {"num_train_timesteps": steps, "beta_start": 0.1 / steps, "beta_end": 20 / steps}
     return {
-        "schedule": _of_betas(name, linear),
+        "schedule": schedule_of({"beta_schedule": kind, **betas}),
         "prediction": "sample" if flags.get("predict_xstart") else "epsilon",
         "variance": "learned_range" if flags.get("learn_sigma") else "fixed_large",
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.adapters.diffusers.per_thread import PerThread
-from fastdiff.adapters.diffusers.tables import SCHEDULES, schedule_of
+from fastdiff.adapters.diffusers.tables import schedule_of
 from fastdiff.errors import InputError, check
 from fastdiff.likelihood import NO_SIGNAL
 from fastdiff.ops import row as rows
@@ -111,7 +111,7 @@ class Fused:
         super().__init__(*args, **kwargs)
         self.register_to_config(strict_compat=strict_compat)  # type: ignore[attr-defined]
         if not strict_compat and hasattr(self, "betas"):
-            self._schedule = _schedule(self.config, self.betas)
+            self._schedule = schedule_of(self.config)
             self._exact = self._schedule.alpha**2
             if self.by_ratio:
                 self._exact = self._exact.masked_fill(self._exact == 0, TINY)
@@ -392,11 +392,6 @@ def without_last(letters: Letters, other: Letters) -> Letters:
 def _as(x: Tensor, like: Tensor) -> Tensor:
     """On the device and in the dtype of the rows."""
     return x if x.dtype == like.dtype and x.device == like.device else x.to(like.device, like.dtype)
-
-
-def _schedule(config: Any, betas: Tensor) -> Schedule:
-    known = config.get("trained_betas") is not None or config.get("beta_schedule") in SCHEDULES
-    return schedule_of(config) if known else Schedule.from_betas(betas.double())
 
 
 def _place(timestep: Any, timesteps: Tensor) -> int | None:

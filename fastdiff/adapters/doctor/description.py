@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from fastdiff.adapters.diffusers import SCHEDULERS
 from fastdiff.adapters.doctor.facts import LEVELS, PREDICTIONS, RESCALE, SIGMAS, Facts
-from fastdiff.errors import InputError
-from fastdiff.schedule import MAX_BETA, Schedule, karras_levels
+from fastdiff.schedule import Schedule, karras_levels
 
 MOST_STEPS = 1000
 TINY = 2.0**-24  #: diffusers' alpha-bar instead of 0, where a level is sigma / alpha
@@ -226,43 +225,3 @@ def _ends(d: Description) -> tuple[float, float]:
 
 
 SIGMA_WAYS = dict(zip(SIGMAS, (_karras, _exponential, _beta), strict=True))
-
-
-# ---- diffusers' betas -------------------------------------------------------------------------
-
-
-def schedule_of(values: Mapping[str, Any]) -> Schedule:
-    """The schedule of diffusers' arguments, float64.
-
-    Raises:
-        InputError: a ``beta_schedule`` that there is not, betas outside (0, 1).
-    """
-    kind, total = str(values["beta_schedule"]), values["num_train_timesteps"]
-    if values["trained_betas"] is not None:
-        schedule = Schedule.from_betas(values["trained_betas"])
-    elif kind in FORMULAS:
-        schedule = Schedule.from_betas(_betas(FORMULAS[kind], total))
-    elif kind == "squaredcos_cap_v2":
-        schedule = Schedule.cosine(total)
-    elif kind in ("linear", "scaled_linear", "sigmoid"):
-        ends = {"beta_start": values["beta_start"], "beta_end": values["beta_end"]}
-        schedule = Schedule.from_config({"name": kind, "timesteps": total, **ends})
-    else:
-        raise InputError(f"there is no beta_schedule {kind!r}")
-    return schedule.rescale_zero_terminal_snr() if values.get("rescale_betas_zero_snr") else schedule
-
-
-def _betas(alpha_bar: Callable[[NDArray[np.float64]], NDArray[np.float64]], total: int) -> torch.Tensor:
-    bars = alpha_bar(np.arange(total + 1) / total)
-    return torch.from_numpy(1 - bars[1:] / bars[:-1]).clamp(max=MAX_BETA)
-
-
-def _laplace(t: NDArray[np.float64]) -> NDArray[np.float64]:
-    log_snr = -0.5 * np.copysign(1, 0.5 - t) * np.log(1 - 2 * abs(0.5 - t) + 1e-6)
-    return np.sqrt(1 / (1 + np.exp(-log_snr)))
-
-
-FORMULAS: dict[Any, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
-    "laplace": _laplace,
-    "exp": lambda t: np.exp(-12 * t),
-}

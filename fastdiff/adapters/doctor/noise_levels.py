@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdiff.adapters.doctor.description import Description, schedule_of
+from fastdiff.adapters.diffusers.tables import schedule_of
+from fastdiff.adapters.doctor.description import Description
 from fastdiff.adapters.doctor.finding import FAULT, WARNING, Finding
 from fastdiff.errors import InputError
 

@@ -11,7 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fastdiff import _io
-from fastdiff.adapters.doctor.description import OF_FASTDIFF, Description, Network, schedule_of
+from fastdiff.adapters.diffusers.tables import schedule_of
+from fastdiff.adapters.doctor.description import OF_FASTDIFF, Description, Network
 from fastdiff.adapters.doctor.facts import CLASSES, LEVELS, OTHERS, Facts
 from fastdiff.errors import InputError, check
 from fastdiff.models.settings import is_number, is_whole
