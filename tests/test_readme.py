@@ -14,7 +14,7 @@ def test_the_examples_run_one_after_another():
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    assert len(blocks) == 8
+    assert len(blocks) == 13
     assert names["images"].shape == (4, 3, 16, 16)
     assert names["record"].values.shape == (10, 4, 3, 16, 16)
     assert names["bits"].terms.shape == (1, 1000)
