@@ -231,13 +231,21 @@ def make_scheduler(setting: Setting) -> Any:
     )
 
 
-def diffusers_pipeline(setting: Setting, network: Any) -> Run:
-    """Its start is PyTorch's noise of seed 0, which the input of a case is too."""
+def make_pipeline(setting: Setting, network: Any) -> Any:
     import diffusers
 
     kind = {"ddim": diffusers.DDIMPipeline, "ddpm": diffusers.DDPMPipeline}[setting.solver]
     pipeline = kind(network, make_scheduler(setting))
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def diffusers_pipeline(setting: Setting, network: Any) -> Run:
+    return run_of(make_pipeline(setting, network), setting)
+
+
+def run_of(pipeline: Any, setting: Setting) -> Run:
+    """Its start is PyTorch's noise of seed 0, which the input of a case is too."""
 
     def run(x: Tensor) -> Tensor:
         generator = torch.Generator(setting.device).manual_seed(0)

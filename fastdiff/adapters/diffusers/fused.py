@@ -127,10 +127,11 @@ class Fused:
 
     def _without_more_than(self, steps: int) -> None:
         """Trailing timesteps of diffusers end in a -1 too many where a stride is no whole number."""
-        if self.timesteps[-1] < 0:
-            self.timesteps, self.num_inference_steps = self.timesteps[:steps], steps
+        count = int((self.timesteps >= 0).sum())
+        if count < len(self.timesteps):
+            self.timesteps, self.num_inference_steps = self.timesteps[:count], steps
             if self.by_ratio:
-                self.sigmas = torch.cat((self.sigmas[:steps], self.sigmas[-1:]))
+                self.sigmas = torch.cat((self.sigmas[:count], self.sigmas[-1:]))
 
     @contextmanager
     def _exact_tables(self) -> Iterator[None]:
@@ -155,12 +156,11 @@ class Fused:
     def _add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x0 + sigma noise, computed in float32 at least and rounded once to the samples' dtype."""
         if self._exact is None or self.by_ratio:
-            wide = (
-                original_samples.dtype if self._strict else torch.promote_types(original_samples.dtype, torch.float32)
-            )
+            dtype = original_samples.dtype
+            wide = dtype if self._strict else torch.promote_types(dtype, torch.float32)
             given = original_samples.to(wide), noise.to(wide), timesteps
             noised: Tensor = super().add_noise(*given)  # type: ignore[misc]
-            return noised.to(original_samples.dtype)
+            return noised.to(dtype)
         alpha, sigma = self._levels_at(timesteps, original_samples)
         return ops.add_noise(original_samples, alpha, sigma, noise.to(original_samples.dtype))
 
@@ -260,15 +260,15 @@ class Fused:
         """The rows from an index on, float64; those of the latest runs are kept."""
         levels = self.sigmas if self.by_ratio else self.timesteps
         key = index, options, tuple(levels.tolist()), self.num_inference_steps
-        kept = self.__dict__.setdefault("_tables", {})
-        if key not in kept:
+        kept: dict[Any, Tensor] = self.__dict__.setdefault("_tables", {})
+        table = kept.get(key)
+        if table is None:
             found = self._rows(index, **dict(options))
             p, q = rows.to_x0(self._prediction, found.alpha, found.sigma)
             check(torch.isfinite(p).all(), NO_SIGNAL)
-            while len(kept) >= TABLES:
-                kept.pop(next(iter(kept)), None)
-            kept[key] = rows.make_table(len(p), p=p, q=q, clip=self._clip, **found.letters)
-        table: Tensor = kept[key]
+            table = kept[key] = rows.make_table(len(p), p=p, q=q, clip=self._clip, **found.letters)
+            for oldest in list(kept)[:-TABLES]:
+                kept.pop(oldest, None)
         return table
 
     def _thresholded(self, letters: Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
