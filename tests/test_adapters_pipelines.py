@@ -49,7 +49,7 @@ def given_away(scheduler: Any, steps: int, dtype: torch.dtype = torch.float32, *
     scheduler.set_timesteps(steps)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     for t in scheduler.timesteps:
-        asked = scheduler.scale_model_input(x, t)
+        asked = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(torch.tanh(asked + 0.1), t, x, **options).prev_sample
     return x
 
@@ -151,11 +151,16 @@ def test_noise_is_added_to_half_precision(dtype: torch.dtype) -> None:
 def test_a_state_in_half_precision_goes_on_unrounded() -> None:
     config = {"clip_sample": False, "beta_schedule": "scaled_linear"}
     wanted = given_away(adapters.DDIMScheduler(**config), 50)
-    ours, theirs = (
-        (given_away(room.DDIMScheduler(**config), 50, torch.bfloat16) - wanted).abs().max()
-        for room in (adapters, diffusers)
+    ours, strict, theirs = (
+        float((given_away(scheduler, 50, torch.bfloat16) - wanted).abs().mean())
+        for scheduler in (
+            adapters.DDIMScheduler(**config),
+            adapters.DDIMScheduler(**config, strict_compat=True),
+            diffusers.DDIMScheduler(**config),
+        )
     )
-    assert ours < 0.5 * theirs
+    assert ours < 0.7 * strict
+    assert ours < 0.7 * theirs
 
 
 def test_a_state_that_was_changed_in_between_is_taken_as_it_is() -> None:
@@ -167,6 +172,26 @@ def test_a_state_that_was_changed_in_between_is_taken_as_it_is() -> None:
     assert scheduler._run.left is first
     second = scheduler.step(torch.zeros_like(x), scheduler.timesteps[1], first).prev_sample
     assert not second.any()
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in adapters.SCHEDULERS if "generator" in inspect.signature(getattr(adapters, n).step).parameters]
+)
+def test_as_much_is_drawn_from_a_generator(name: str) -> None:
+    """What comes after a run gets the same numbers; and the strict mode's last step adds the noise that theirs adds."""
+    settings: dict[str, Any] = {"num_train_timesteps": 500}
+    if "steps_offset" in getattr(adapters, name)().config:
+        settings["steps_offset"] = 1
+    if name == "DDPMScheduler":
+        settings["variance_type"] = "fixed_large"
+    if name == "DPMSolverMultistepScheduler":
+        settings["algorithm_type"] = "sde-dpmsolver++"
+    theirs, ours = getattr(diffusers, name)(**settings), getattr(adapters, name)(**settings, strict_compat=True)
+    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    more = {"eta": 1.0} if name == "DDIMScheduler" else {}
+    left = [given_away(s, 4, generator=g, **more) for s, g in zip((theirs, ours), generators, strict=True)]
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    assert (left[0] - left[1]).abs().max() < 1e-5 * left[0].abs().max()
 
 
 # ---- bad input ----------------------------------------------------------------------------------

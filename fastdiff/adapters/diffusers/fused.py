@@ -60,6 +60,7 @@ class Run:
     history: tuple[Tensor, ...]
     anchor: Tensor | None
     next: int
+    eta: float = 0.0
     left: Tensor | None = None  #: in half precision: what was given away, at which version
     version: int = 0
     state: Tensor | None = None  #: the same in float32
@@ -254,7 +255,8 @@ class Fused:
         history = tuple(blank for _ in range(max(used, default=0)))
         anchor = blank if bool(column["e"].any()) else None
         given = output.dtype if self.casts else torch.promote_types(sample.dtype, output.dtype)
-        return Run(key, index, table, given, (column["s"] != 0).tolist(), history, anchor, index)
+        noisy = (column["s"] != 0).tolist()
+        return Run(key, index, table, given, noisy, history, anchor, index, float(options.get("eta", 0)))
 
     def _table(self, index: int, options: tuple[tuple[str, Any], ...]) -> Tensor:
         """The rows from an index on, float64; those of the latest runs are kept."""

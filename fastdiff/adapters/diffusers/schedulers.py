@@ -107,6 +107,9 @@ class DDIMScheduler(ByTimestep, diffusers.DDIMScheduler):
             torch.where(following >= 0, table[at], last) for table, last in zip((alpha, sigma), end, strict=True)
         )
 
+    def _draws(self, run: Run, row: int) -> bool:
+        return run.eta > 0  # also for the last step, which adds nothing of it
+
     def _stored(self, run: Run, x: Tensor, output: Tensor) -> tuple[Tensor, ...]:
         return (output[:, : x.shape[1]].to(x.dtype),) if run.history else ()
 
