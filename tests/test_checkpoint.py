@@ -198,7 +198,7 @@ def of_another_step(newest, other):
 @pytest.mark.parametrize("harm", [swapped, missing, of_another_step])
 def test_parts_that_are_not_the_checkpoint_s_are_found(run, harm):
     other = in_parts(run, 1)
-    newest = in_parts(run, 2)
+    in_parts(run, 2)
     with torch.random.fork_rng():
         halves = [torch.randn(32, 64), torch.randn(32, 64)]
     checkpoint.save(run, 3, {f"model.{rank}-of-2": {"w": half} for rank, half in enumerate(halves)}, {}, keep=3)

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.adapters.diffusers.per_thread import PerThread
 from fastdiff.adapters.diffusers.tables import schedule_of
+from fastdiff.diffusion import Diffusion
 from fastdiff.errors import InputError, check
 from fastdiff.likelihood import NO_SIGNAL
 from fastdiff.ops import row as rows
@@ -79,6 +80,7 @@ class Fused:
     returns_x0: ClassVar[bool] = False
     casts: ClassVar[bool] = False  #: whether a step's result has the network's dtype and not the promoted one
     by_ratio: ClassVar[bool] = False  #: whether its levels are ``sigmas``
+    takes_whole: ClassVar[bool] = True  #: whether a timestep may be a whole number, which Euler's refuse
 
     config: Any
     alphas_cumprod: Tensor
@@ -113,6 +115,7 @@ class Fused:
         self.register_to_config(strict_compat=strict_compat)  # type: ignore[attr-defined]
         if not strict_compat and hasattr(self, "betas"):
             self._schedule = schedule_of(self.config)
+            self._diffusion = Diffusion(self._schedule)
             self._exact = self._schedule.alpha**2
             if self.by_ratio:
                 self._exact = self._exact.masked_fill(self._exact == 0, TINY)
@@ -173,8 +176,7 @@ class Fused:
         return ops.add_noise(noise.to(sample.dtype), alpha, -sigma, sample)
 
     def _levels_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        t = timesteps.to("cpu").expand(len(like))
-        return self._schedule.alpha[t].to(like.device), self._schedule.sigma[t].to(like.device)
+        return self._diffusion.levels(timesteps.long().expand(len(like)), like)
 
     # ---- a step ------------------------------------------------------------------------------
 
@@ -202,7 +204,8 @@ class Fused:
         **options: Any,
     ) -> tuple[Tensor, ...] | None:
         """The results, or None where the peer has to answer: for what is rare, and with what is wrong."""
-        if self.num_inference_steps is None or not self._serves(**options):
+        refused = not self.takes_whole and _is_whole(timestep)
+        if self.num_inference_steps is None or refused or not self._serves(**options):
             return None
         index = self._index(timestep)
         if index is None:
@@ -394,6 +397,10 @@ def without_last(letters: Letters, other: Letters) -> Letters:
 def _as(x: Tensor, like: Tensor) -> Tensor:
     """On the device and in the dtype of the rows."""
     return x if x.dtype == like.dtype and x.device == like.device else x.to(like.device, like.dtype)
+
+
+def _is_whole(timestep: Any) -> bool:
+    return isinstance(timestep, int) or (isinstance(timestep, Tensor) and timestep.dtype in INTEGERS)
 
 
 def _place(timestep: Any, timesteps: Tensor) -> int | None:

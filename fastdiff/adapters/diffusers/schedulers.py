@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastdiff import solvers
-from fastdiff.adapters.diffusers.fused import ANY, INTEGERS, ByRatio, ByTimestep, Fused, Rows, Run, without_last
+from fastdiff.adapters.diffusers.fused import ANY, ByRatio, ByTimestep, Fused, Rows, Run, without_last
 from fastdiff.ops import Step
 from fastdiff.ops import row as rows
 from fastdiff.ops.step import posterior_letters
@@ -163,10 +163,8 @@ class EulerDiscreteScheduler(ByRatio, diffusers.EulerDiscreteScheduler):
     """Euler's method on the probability-flow ODE (Karras et al. 2022); with churn diffusers' own step."""
 
     output = scheduling_euler_discrete.EulerDiscreteSchedulerOutput
+    takes_whole = False
     returns_x0 = casts = True
-
-    def _fused(self, output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> tuple[Tensor, ...] | None:
-        return None if _is_whole(timestep) else super()._fused(output, timestep, sample, **options)
 
     def _serves(self, *, s_churn: float = 0.0, **options: Any) -> bool:
         return s_churn == 0
@@ -184,10 +182,8 @@ class EulerAncestralDiscreteScheduler(ByRatio, diffusers.EulerAncestralDiscreteS
     """Euler with ancestral noise."""
 
     output = scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
+    takes_whole = False
     returns_x0 = casts = True
-
-    def _fused(self, output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> tuple[Tensor, ...] | None:
-        return None if _is_whole(timestep) else super()._fused(output, timestep, sample, **options)
 
     def _serves(self, **options: Any) -> bool:
         return bool(self.config.prediction_type != "sample")  # which diffusers refuses
@@ -341,10 +337,8 @@ class FlowMatchEulerDiscreteScheduler(ByRatio, diffusers.FlowMatchEulerDiscreteS
     """Euler's method on rectified flow (Liu et al. 2023), or noised again in each step (``stochastic_sampling``)."""
 
     output = scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput
+    takes_whole = False
     casts = True
-
-    def _fused(self, output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> tuple[Tensor, ...] | None:
-        return None if _is_whole(timestep) else super()._fused(output, timestep, sample, **options)
 
     def _serves(self, *, per_token_timesteps: Tensor | None = None, **options: Any) -> bool:
         return per_token_timesteps is None and not self.config.invert_sigmas
@@ -366,8 +360,3 @@ class FlowMatchEulerDiscreteScheduler(ByRatio, diffusers.FlowMatchEulerDiscreteS
     @property
     def _prediction(self) -> str:
         return "flow_prediction"
-
-
-def _is_whole(timestep: Any) -> bool:
-    """What Euler's schedulers refuse, whose timesteps are not whole numbers."""
-    return isinstance(timestep, int) or (isinstance(timestep, Tensor) and timestep.dtype in INTEGERS)
