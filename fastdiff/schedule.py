@@ -24,7 +24,7 @@ from fastdiff.errors import InputError, check, choose
 
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential", "beta")
 MAX_BETA = 0.999
-TABLES = ("betas", "log_snr", "c_noise")  # settings too long to show
+TABLES = ("betas", "log_snr", "c_noise", "kept")  # settings too long to show
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,7 @@ class Schedule:
         """Shift and scale alpha so that the last timestep holds no signal (Lin et al. 2024, algorithm 1)."""
         check(self.variance_preserving, "only a variance-preserving schedule can be rescaled to zero terminal SNR")
         check(len(self) > 1, "a schedule of one timestep cannot be rescaled to zero terminal SNR")
+        check("kept" not in self.config, "a spaced schedule cannot be rescaled: rescale, then take some timesteps")
         first, last = self.alpha[0], self.alpha[-1]
         alpha = (self.alpha - last) * first / (first - last)
         alpha[0] = first  # exactly, and so sigma[0] keeps all its digits
@@ -239,17 +240,34 @@ class Schedule:
         sigma[0] = self.sigma[0]
         return Schedule(alpha, sigma, self.c_in, self.c_noise, {**self.config, "zero_terminal_snr": True})
 
+    def spaced(self, steps: int | Sequence[int] | Tensor, spacing: str = "trailing") -> Schedule:
+        """The levels of some timesteps as a schedule of their own, which the network is told as before.
+
+        A trained network's bound on the likelihood in fewer steps is that of its spaced schedule (Nichol & Dhariwal
+        2021, section 4).
+
+        Args:
+            steps, spacing: see :meth:`timesteps`.
+        """
+        kept = self.timesteps(steps, spacing).flip(0)
+        alpha, sigma, c_in, c_noise = (table[kept] for table in (self.alpha, self.sigma, self.c_in, self.c_noise))
+        before = self.config.get("kept")
+        config = {**self.config, "kept": kept.tolist() if before is None else [before[i] for i in kept.tolist()]}
+        return Schedule(alpha, sigma, c_in, c_noise, config)
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Schedule:
         """Build the schedule that ``config`` describes: ``{"name": "cosine", "timesteps": 1000, ...}``."""
         settings = dict(config)
         name, rescale = settings.pop("name", None), settings.pop("zero_terminal_snr", False)
+        kept = settings.pop("kept", None)
         choose("schedule", name, SCHEDULES)
         try:
             schedule: Schedule = getattr(cls, str(name))(**settings)
         except TypeError as error:
             raise InputError(f"schedule {name}: {error}") from None
-        return schedule.rescale_zero_terminal_snr() if rescale else schedule
+        schedule = schedule.rescale_zero_terminal_snr() if rescale else schedule
+        return schedule if kept is None else schedule.spaced(kept[::-1])
 
     # ---- spacings ---------------------------------------------------------------------------
 

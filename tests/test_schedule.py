@@ -463,6 +463,7 @@ BAD_SCHEDULES = {
     "flow shift": (lambda: Schedule.flow(10, shift=0.0), "shift"),
     "rescaled edm": (lambda: Schedule.edm(10).rescale_zero_terminal_snr(), "variance-preserving"),
     "rescaled flow": (lambda: Schedule.flow(10).rescale_zero_terminal_snr(), "variance-preserving"),
+    "rescaled after spacing": (lambda: Schedule.linear(10).spaced(5).rescale_zero_terminal_snr(), "then take some"),
     "rescaled single step": (lambda: Schedule.linear(1).rescale_zero_terminal_snr(), "one timestep"),
     "unknown name": (lambda: Schedule.from_config({"name": "karras"}), "choose from"),
     "no name": (lambda: Schedule.from_config({}), "choose from"),
@@ -503,3 +504,40 @@ def test_bad_timesteps_are_refused(case):
     arguments, message = BAD_TIMESTEPS[case]
     with pytest.raises(fd.InputError, match=message):
         Schedule.linear(10).timesteps(*arguments)
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_a_spaced_schedule_has_the_levels_of_its_timesteps(name):
+    whole = CONFIGURED[name]()
+    kept = whole.timesteps(min(4, len(whole)), "leading").flip(0)
+    spaced = whole.spaced(min(4, len(whole)), "leading")
+    for table in ("alpha", "sigma", "c_in", "c_noise"):
+        assert torch.equal(getattr(spaced, table), getattr(whole, table)[kept])
+    twice = spaced.spaced([2, 0]) if len(whole) > 2 else spaced
+    for one in (spaced, twice):
+        again = Schedule.from_config(one.config)
+        assert torch.equal(again.sigma, one.sigma)
+        assert torch.equal(again.c_noise, one.c_noise)
+        assert again.config == one.config
+
+
+def test_the_bound_in_few_steps_is_that_of_the_spaced_schedule():
+    """The bound of the exact network tightens with the steps, and stays one."""
+    schedule = Schedule.cosine(100)
+    s0 = 0.7
+
+    def model(x, t):  # the exact noise of N(0, s0^2) data at the timesteps of the whole schedule
+        alpha, sigma = (table[t].view(-1, 1).to(x) for table in (schedule.alpha, schedule.sigma))
+        return x * sigma / (alpha**2 * s0**2 + sigma**2)
+
+    x0 = s0 * fd.noise.normal((4000, 2), seed=1)
+    entropy = math.log2(s0 * math.sqrt(2 * math.pi * math.e))
+    bits = [
+        float(
+            fd.Diffusion(schedule.spaced(n, "leading"), "epsilon")
+            .bits_per_dim(model, x0, decoder="gaussian")
+            .total.mean()
+        )
+        for n in (5, 20, 100)
+    ]
+    assert bits[0] > bits[1] > bits[2] > entropy - 0.02, bits

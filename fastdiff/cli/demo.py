@@ -13,8 +13,7 @@ import torch
 import typer
 from torch import Tensor
 
-from fastdiff import _io, ops
-from fastdiff.cli import figures
+from fastdiff import _io, figures, ops
 from fastdiff.cli.options import BackendName, DeviceName, choose_device
 from fastdiff.cli.sample import SampleConfig, draw, write_samples
 from fastdiff.errors import check

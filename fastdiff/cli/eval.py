@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdiff import _io
-from fastdiff.cli import figures
+from fastdiff import _io, figures
 from fastdiff.cli.judging import EvalConfig, Point, Report, Request, judge
 from fastdiff.cli.options import BackendName, DeviceName, OutDir, choose_device, with_fields
 from fastdiff.cli.sample import SampleConfig, run_directory

@@ -14,9 +14,8 @@ import torch
 import typer
 from torch import Tensor
 
-from fastdiff import _io, noise, ops
+from fastdiff import _io, figures, noise, ops
 from fastdiff._progress import progress
-from fastdiff.cli import figures
 from fastdiff.cli.drawing import Drawing, is_conditional
 from fastdiff.cli.options import (
     BackendName,

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fastdiff import ops
-from fastdiff.cli import figures
+from fastdiff import figures, ops
 from fastdiff.cli.options import (
     BackendName,
     DataName,

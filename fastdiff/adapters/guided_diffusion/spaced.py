@@ -75,7 +75,7 @@ class SpacedDiffusion:
         check(all(map(is_whole, kept)), f"use_timesteps must be whole numbers, got {use_timesteps!r}")
         self._timesteps = schedule.timesteps(sorted(kept, reverse=True))
         self._whole = Diffusion(schedule, prediction, variance)
-        spaced = _spaced(schedule, self._timesteps.flip(0))
+        spaced = schedule.spaced(self._timesteps)
         self.diffusion = Diffusion(spaced, prediction, variance)
         self.timestep_map: list[int] = self._timesteps.flip(0).tolist()
         self.num_timesteps = len(self.timestep_map)
@@ -358,14 +358,6 @@ class _Run:
         states = self.sampler.iterate(self.shape, **self.given)
         shown = show(states, len(self.sampler.table), "sampling", enabled=progress)
         return ({"sample": s.x, "pred_xstart": s.x0 if self.estimate is None else self.estimate.x0} for s in shown)
-
-
-def _spaced(schedule: Schedule, kept: Tensor) -> Schedule:
-    """The levels of some timesteps, which the network is told as before."""
-    config = {"name": "spaced", "of": schedule.config, "kept": kept.tolist()}
-    tables = (table[kept] for table in (schedule.alpha, schedule.sigma, schedule.c_in, schedule.c_noise))
-    alpha, sigma, c_in, c_noise = tables
-    return Schedule(alpha, sigma, c_in, c_noise, config)
 
 
 def _seed(seed: noises.Seed | None) -> noises.Seed:
