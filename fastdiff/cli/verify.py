@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fastdiff import _io
+from fastdiff import _io, figures
 from fastdiff.adapters.verification import Verification, verify
-from fastdiff.cli import figures
 from fastdiff.cli.drawing import Drawing
 from fastdiff.cli.options import BackendName, CheckpointPath, DeviceName, OutDir, choose_device, with_fields
 from fastdiff.cli.sample import POINTS, SampleConfig, run_directory
