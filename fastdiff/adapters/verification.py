@@ -9,25 +9,41 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff import noise, ops
-from fastdiff.diffusion import Diffusion, network_output
+from fastdiff.adapters.peers import PEERS, Estimate, Found, Request, ask, ends, version_of
+from fastdiff.diffusion import Diffusion
 from fastdiff.sampler import Sampler
 
 FLOOR = 16
-#: the deterministic solvers of ours that diffusers takes any timesteps for, and its class
-IN_DIFFUSERS = {
-    "ddim": "EulerDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-}
+FOR_PEERS = ("guidance_scale", "clip")  #: the options that peers are given
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What another library makes of the run.
+
+    Attributes:
+        version: installed; None of a checkout, or where there is none.
+        why_not: it was not compared, or None.
+        rows: the last of each step.
+        far: after each step, the largest difference from the float64 run.
+        from_fused: the largest difference of its end from the fused run's.
+        first_over: the first of its rows at which it is further away than its slack times the budget.
+    """
+
+    version: str | None
+    why_not: str | None = None
+    rows: list[int] = field(default_factory=list)
+    far: list[float] = field(default_factory=list)
+    from_fused: float | None = None
+    first_over: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class Verification:
         fused, plain: the largest difference of any state from the float64 run's.
         largest: value of the float64 run's states.
         rounding: of the network's output in its precision, in what a row makes of it.
-        peers: what other libraries leave in the end, the largest difference from float64; or why they were not asked.
+        peers: what other libraries make of it.
     """
 
     timesteps: list[float]
@@ -47,7 +63,7 @@ class Verification:
     plain: list[float]
     largest: list[float]
     rounding: list[float]
-    peers: dict[str, float | str]
+    peers: dict[str, Peer] = field(default_factory=dict)
 
     @property
     def ulps(self) -> list[float]:
@@ -84,7 +100,7 @@ def verify(
     cond: dict[str, Any] | None = None,
     **options: Any,
 ) -> Verification:
-    """Run a sampler in float64, in plain PyTorch and on a backend.
+    """Run a sampler in float64, in plain PyTorch and on a backend; and the loops of the peers that are installed.
 
     Args:
         model: a network that computes in any precision it is brought to.
@@ -108,11 +124,12 @@ def verify(
     runs = [states(torch.float32, precision, name)[1] for name in (backend, "reference")]
     fused, plain = ([_far(a, b) for a, b in zip(run, exact, strict=True)] for run in runs)
     largest = [float(x.abs().max()) for x in exact]
-    peers = {"diffusers": _of_diffusers(model, sampler, shape, seed, cond, precision)}
     table = sampler.table.rows
     weights = abs(table.b * table.q) + abs(table.v * table.q)
     rounding = [torch.finfo(precision).eps * weight * value for weight, value in zip(weights, largest, strict=True)]
-    return Verification(sampler.table.timesteps.double().tolist(), fused, plain, largest, rounding, peers)
+    found = Verification(sampler.table.timesteps.double().tolist(), fused, plain, largest, rounding)
+    theirs = _ask_all(sampler, shape, seed, cond, options)
+    return replace(found, peers={name: _compare(name, x, exact, runs[0], found.budget) for name, x in theirs.items()})
 
 
 def _far(a: Tensor, b: Tensor) -> float:
@@ -124,39 +141,26 @@ def _ulp(value: float) -> float:
     return math.ulp(value) * 2.0**29 if value else 2.0**-149
 
 
-def _of_diffusers(
-    model: nn.Module, sampler: Sampler, shape: Sequence[int], seed: int, cond: dict[str, Any], precision: torch.dtype
-) -> float | str:
-    """How far diffusers' loop ends from float64, both without a bound on x0; or why it was not asked."""
-    diffusion, levels, name = sampler.diffusion, sampler.diffusion.schedule, IN_DIFFUSERS.get(sampler.solver)
-    if find_spec("diffusers") is None:
-        return "not installed"
-    if name is None:
-        return f"not asked: only {', '.join(IN_DIFFUSERS)} run at any timesteps there"
-    if not levels.variance_preserving or levels.zero_terminal_snr or levels.c_noise.is_floating_point():
-        return f"not asked: it has no {levels}"
-    import diffusers
-
-    bars = torch.cat((torch.ones(1, dtype=torch.float64), levels.alpha**2))
-    config = {"trained_betas": (1 - bars[1:] / bars[:-1]).tolist(), "num_train_timesteps": len(levels)}
-    scheduler = getattr(diffusers, name)(**config, prediction_type=diffusion.prediction)
-    scheduler.set_timesteps(timesteps=sampler.timesteps.tolist())
-    free = Sampler(sampler.model, diffusion, sampler.solver, sampler.timesteps, dtype=torch.float64)
-    with ops.backend("reference"):
-        exact = free(shape, seed=seed, **cond).cpu()
-    return _far(_loop(copy.deepcopy(model).to(precision).eval(), scheduler, sampler, shape, seed, cond), exact)
+def _ask_all(
+    sampler: Sampler, shape: Sequence[int], seed: int, cond: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Found]:
+    """All peers, in float64 as far as they go."""
+    more = [name for name in options if name not in FOR_PEERS]
+    if more or not isinstance(options.get("guidance_scale", 1.0), Real):
+        return dict.fromkeys(PEERS, f"not asked: not with {', '.join(more) or 'a guidance_scale for each step'}")
+    schedule = sampler.diffusion.schedule
+    start = noise.normal(shape, seed=seed, stream=noise.Stream.INITIAL, device=sampler.device, dtype=torch.float64) * (
+        1.0 if schedule.variance_preserving else float(schedule.sigma[sampler.timesteps[0]])
+    )
+    estimate = Estimate(sampler.model, sampler.diffusion, cond, **options)
+    request = Request(estimate, sampler.solver, sampler.timesteps, start)
+    return {name: ask(name, request) for name in PEERS}
 
 
-@torch.no_grad()
-def _loop(
-    model: nn.Module, scheduler: Any, sampler: Sampler, shape: Sequence[int], seed: int, cond: dict[str, Any]
-) -> Tensor:
-    """diffusers' own loop, from the noise that the sampler starts from."""
-    x = noise.normal(shape, seed=seed, stream=noise.Stream.INITIAL, device=sampler.device)
-    if scheduler.init_noise_sigma != 1:  # a state over alpha
-        x = x / float(sampler.diffusion.schedule.alpha[sampler.timesteps[0]])
-    for t in scheduler.timesteps:
-        asked = scheduler.scale_model_input(x, t).to(next(model.parameters()).dtype)
-        out = network_output(model(asked, t.long().expand(len(x)).to(x.device), **cond))
-        x = scheduler.step(out.float(), t, x).prev_sample
-    return x.double().cpu()
+def _compare(name: str, theirs: Found, exact: list[Tensor], fused: list[Tensor], budget: list[float]) -> Peer:
+    if isinstance(theirs, str):
+        return Peer(version_of(name), theirs)
+    rows = ends(len(exact), len(theirs))
+    far = [_far(x, exact[row]) for x, row in zip(theirs, rows, strict=True)]
+    over = [row for x, row in zip(far, rows, strict=True) if not x <= PEERS[name].slack * budget[row]]
+    return Peer(version_of(name), None, rows, far, _far(theirs[-1], fused[-1]), over[0] if over else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import torch
 import typer
 
 from fastdiff import _io, figures
-from fastdiff.adapters.verification import Verification, verify
+from fastdiff.adapters.verification import Peer, Verification, verify
 from fastdiff.cli.drawing import Drawing
 from fastdiff.cli.options import BackendName, CheckpointPath, DeviceName, OutDir, choose_device, with_fields
 from fastdiff.cli.sample import POINTS, SampleConfig, run_directory
@@ -30,7 +31,7 @@ def verify_(
 ) -> int:
     """Prove on a trained run that fused sampling is the textbook's: by default of 4 samples, into the run's verify/.
 
-    Exit status 1 where a step loses more than twice what plain PyTorch loses.
+    Exit status 1 where a step loses more than twice what plain PyTorch loses. Peers that are installed are compared.
     """
     run = load_run(checkpoint, device=choose_device(device), ema=ema)
     points = (
@@ -53,18 +54,26 @@ def verify_(
 def _said(found: Verification) -> list[str]:
     ulps = f"{max(found.ulps):.0f} units in the last place"
     lines = [f"from float64: {max(found.fused):.2g} at most ({ulps}), plain PyTorch {max(found.plain):.2g}"]
-    for name, far in found.peers.items():
-        lines.append(
-            f"{name}: {far}" if isinstance(far, str) else f"{name}: ends {far:.2g} from float64 without clipping"
-        )
+    lines += [_said_of(name, peer, found) for name, peer in found.peers.items()]
     if (row := found.first_over) is not None:
         at = f"step {row} at t = {found.timesteps[row]:g}"
         lines.append(f"{at} is {found.fused[row]:.2g} off, its budget is {found.budget[row]:.2g}")
     return lines
 
 
+def _said_of(name: str, peer: Peer, found: Verification) -> str:
+    what = name if peer.version is None else f"{name} {peer.version}"
+    if peer.why_not is not None:
+        return f"{what}: {peer.why_not}"
+    ends = f"{what}: ends {peer.far[-1]:.2g} from float64, {peer.from_fused:.2g} from the fused run"
+    if (row := peer.first_over) is None:
+        return ends
+    return f"{ends}; DIFFERENT from step {row} at t = {found.timesteps[row]:g} on"
+
+
 def _write(place: Path, found: Verification) -> None:
     values = {name: getattr(found, name) for name in ("timesteps", "fused", "plain", "ulps", "budget", "first_over")}
-    _io.replace_json(place / "verify.json", {**values, "peers": found.peers, "verified": found.first_over is None})
+    peers = {name: asdict(peer) for name, peer in found.peers.items()}
+    _io.replace_json(place / "verify.json", {**values, "peers": peers, "verified": found.first_over is None})
     curves = {"fused": found.fused, "plain PyTorch": found.plain, "budget": found.budget}
     figures.divergence(place / "verify.png", curves)
