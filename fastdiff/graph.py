@@ -5,7 +5,9 @@ guidance scale, number of steps, schedule or solver only brings other numbers in
 another shape class: shapes, dtypes and formats of what a run is given, how many vectors its solver keeps, the guidance,
 the backend, autocast, and where the network's weights lie. Weights may change in place.
 
-A network keeps its latest :data:`BOUND` classes. What cannot be captured runs row by row, with one warning.
+A call of a network alone can be a graph too (:func:`replayed`), for loops that are not ours.
+
+A network keeps its latest :data:`BOUND` classes. What cannot be captured runs operation by operation, with one warning.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from torch.utils import _pytree as pytree
 
 from fastdiff import backends
 from fastdiff.errors import InputError
-from fastdiff.guidance import Guidance
 from fastdiff.loop import Columns, Given, Kind, Loop, Rows
 from fastdiff.noise import sample_ids
 from fastdiff.ops import library
@@ -43,23 +44,41 @@ _left: list[Any] = []  # pools of captures that failed, whose memory PyTorch nev
 
 
 def serves(device: torch.device) -> bool:
-    """Whether rows are captured on a device, and nobody has to see each operation."""
-    return device.type == "cuda" and not (torch.compiler.is_compiling() or library.watched())
+    """Whether there are graphs on a device, and nobody has to see each operation or makes a graph of his own."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or library.watched():
+        return False
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 @contextmanager
 def rows(loop: Loop, given: Given, kinds: Sequence[Kind], keep_x0: bool, pauses: bool) -> Iterator[Rows | Captured]:
     """The rows of a run, captured where they can be. ``pauses``: whoever runs them may take his time between them."""
     seed, sample = sample_ids(len(given.x), given.address.seed, given.address.sample, given.x.device)
-    on_device = given.address._replace(seed=seed, sample=sample)
-    slot = _slot(loop, fixed := given._replace(address=on_device), keep_x0)
-    if slot is None or not slot.take(pauses):
-        yield Rows(loop, given, keep_x0)
-        return
-    try:
-        yield slot.ready(loop, fixed, kinds, keep_x0) or Rows(loop, given, keep_x0)
-    finally:
-        slot.give_back()
+    fixed = given._replace(address=given.address._replace(seed=seed, sample=sample))
+    slot = _slot(loop.network, _with_a_row(fixed), _of_loop(loop), keep_x0, _room(len(given.columns.table)))
+
+    def ready(kept: Captured | None, pool: Any) -> Captured:
+        kept = kept or Captured(loop, fixed, keep_x0, pool)
+        kept.capture(loop, fixed, kinds)
+        return kept
+
+    with _held(slot, pauses, ready, "this loop, it runs row by row") as captured:
+        yield captured or Rows(loop, given, keep_x0)
+
+
+def replayed(network: nn.Module, function: Callable[..., Tensor], given: tuple[Any, ...]) -> Tensor:
+    """What a function that asks a network makes of tensors, by a replay where it can; the result is the caller's.
+
+    Args:
+        function: of what is given and of the network alone, and the same one at every call; without gradients.
+        given: tensors on a device that has graphs, None, numbers.
+    """
+
+    def ready(kept: Function | None, pool: Any) -> Function:
+        return kept or Function(function, given, pool)
+
+    with _held(_slot(network, given), False, ready, "this network, its kernels are launched one by one") as captured:
+        return function(*given) if captured is None else captured(*given).clone()
 
 
 def teardown(network: Any) -> None:
@@ -75,13 +94,13 @@ def teardown(network: Any) -> None:
 class Captured:
     """The rows of a shape class, and the memory they run in."""
 
-    def __init__(self, loop: Loop, given: Given, keep_x0: bool) -> None:
+    def __init__(self, loop: Loop, given: Given, keep_x0: bool, pool: Any) -> None:
         own: Given = pytree.tree_map_only(Tensor, torch.empty_like, given)
         self._given = own._replace(columns=Columns(*map(_with_room, given.columns)))
         self.memory = loop.memory(self._given, keep_x0)
         self._row = torch.zeros((), dtype=torch.int64, device=given.x.device)
         self._replays: dict[Kind, Call] = {}
-        self.pool = new_pool()
+        self._pool, self.device = pool, given.x.device
         self._noisy = False
 
     def capture(self, loop: Loop, given: Given, kinds: Sequence[Kind]) -> None:
@@ -93,13 +112,11 @@ class Captured:
                 loop.run(self._given, self.memory, self._row, kind)
                 self._row.add_(1)
 
-            self._replays[kind] = capture(row, lambda: self.start(loop, given), given.x.device, self.pool)
+            self._replays[kind] = capture(row, lambda: self.start(loop, given), self.device, self._pool)
         self.start(loop, given)
 
     def start(self, loop: Loop, given: Given) -> None:
-        for own, value in zip(pytree.tree_leaves(self._given), pytree.tree_leaves(given), strict=True):
-            if isinstance(own, Tensor):
-                (own[: len(value)] if own.ndim else own).copy_(value)
+        _bring(self._given, given)
         loop.start(self._given, self.memory)
         self._row.zero_()
 
@@ -108,12 +125,35 @@ class Captured:
         self._replays[kind._replace(noisy=self._noisy)]()
 
 
+class Function:
+    """A function of tensors as one graph. Its arguments lie in memory of its own, its result until the next call.
+
+    Args:
+        given: arguments to warm up with, on one device but for what is no tensor; later ones are like them.
+    """
+
+    def __init__(self, function: Callable[..., Any], given: tuple[Any, ...], pool: Any) -> None:
+        self._given: tuple[Any, ...] = pytree.tree_map_only(Tensor, torch.empty_like, given)
+        self._result: Any = None
+        self.device = _device_of(given)
+
+        def run() -> None:
+            self._result = function(*self._given)
+
+        self._replay = capture(run, lambda: _bring(self._given, given), self.device, pool)
+
+    def __call__(self, *given: Any) -> Any:
+        _bring(self._given, given)
+        self._replay()
+        return self._result
+
+
 class Slot:
     """Where a shape class is kept, for one run at a time."""
 
     def __init__(self) -> None:
-        self._captured: Captured | None = None
-        self._failed = False
+        self._kept: Captured | Function | None = None
+        self._failed, self._pool = False, new_pool()
         self._lock = threading.Lock()
         self._holder = 0, False
         self._done: torch.cuda.Event | None = None
@@ -129,49 +169,50 @@ class Slot:
         return True
 
     def give_back(self) -> None:
-        if self._captured is not None:
-            self._done = _event(self._captured.memory.x.device)
+        if self._kept is not None:
+            self._done = _event(self._kept.device)
         self._lock.release()
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def ready(self, loop: Loop, given: Given, kinds: Sequence[Kind], keep_x0: bool) -> Captured | None:
-        """What is captured, with a run in its memory; None if it cannot be."""
+    def ready(self, make: Callable[[Any, Any], Any], what: str) -> Any:
+        """What ``make`` makes of what is kept and the pool, which is kept then; None if it cannot be captured."""
         if self._failed:
             return None
         try:
-            if self._done is not None:
-                torch.cuda.current_stream(given.x.device).wait_event(self._done)
-            self._captured = self._captured or Captured(loop, given, keep_x0)
-            self._captured.capture(loop, given, kinds)
+            if self._kept is not None and self._done is not None:
+                torch.cuda.current_stream(self._kept.device).wait_event(self._done)
+            self._kept = make(self._kept, self._pool)
         except InputError:
-            self._captured = None
+            self._kept = None
             raise
         except Exception as error:
-            if self._captured is not None:
-                _left.append(self._captured.pool)
-            self._captured, self._failed = None, True
+            _left.append(self._pool)
+            self._kept, self._failed = None, True
             reason = " ".join((type(error).__name__, *str(error).splitlines()[:1]))
-            warnings.warn(f"no CUDA graph of this loop, it runs row by row: {reason}", RuntimeWarning, stacklevel=6)
-        return self._captured
+            warnings.warn(f"no CUDA graph of {what}: {reason}", RuntimeWarning, stacklevel=8)
+        return self._kept
 
 
-def _slot(loop: Loop, given: Given, keep_x0: bool) -> Slot | None:
-    """The slot of a run's shape class; None where a network or a condition cannot be told from another."""
-    leaves, structure = pytree.tree_flatten(given)
-    columns = {id(column) for column in given.columns}
+@contextmanager
+def _held(slot: Slot | None, pauses: bool, make: Callable[[Any, Any], Any], what: str) -> Iterator[Any]:
+    """What a slot holds, made ready for a run; None where there is nothing to be had."""
+    if slot is None or not slot.take(pauses):
+        yield None
+        return
     try:
-        key = (
-            replace(loop, network=None, diffusion=None),
-            keep_x0,
-            structure,
-            tuple(_class_of(leaf, id(leaf) in columns) for leaf in leaves),
-            backends.choice(),
-            _autocast(given.x.device),
-            (_weights(loop.network), *_guides(loop.guidance)),
-        )
-        slots = _of.setdefault(loop.network, Graphs())
-        return slots.slot(key)
+        yield slot.ready(make, what)
+    finally:
+        slot.give_back()
+
+
+def _slot(network: Any, given: Any, *more: Any) -> Slot | None:
+    """The slot of a shape class; None where a network or a condition cannot be told from another."""
+    leaves, structure = pytree.tree_flatten(given)
+    classes, autocast = tuple(map(_class_of, leaves)), _autocast(_device_of(given))
+    try:
+        key = (structure, classes, backends.choice(), autocast, _weights(network), *more)
+        return _of.setdefault(network, Graphs()).slot(key)
     except TypeError:  # it has no hash, or no weak reference
         return None
 
@@ -191,11 +232,17 @@ class Graphs:
         return slot
 
 
-def _class_of(leaf: Any, column: bool) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    size = (_room(len(leaf)), *leaf.shape[1:]) if column else leaf.shape
-    return size, leaf.stride(), leaf.dtype, leaf.device
+def _device_of(given: Any) -> torch.device:
+    return next(leaf.device for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
+
+
+def _class_of(leaf: Any) -> Any:
+    return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+
+
+def _with_a_row(given: Given) -> Given:
+    """How many rows there are is a number, not a shape, as long as there is room."""
+    return given._replace(columns=Columns(*(column[:1] for column in given.columns)))
 
 
 def _room(count: int) -> int:
@@ -206,15 +253,29 @@ def _with_room(column: Tensor) -> Tensor:
     return column.new_zeros((_room(len(column)), *column.shape[1:]))
 
 
+def _bring(own: Any, given: Any) -> None:
+    """Copy what is given into memory like it, whose first rows it may be."""
+    for memory, value in zip(pytree.tree_leaves(own), pytree.tree_leaves(given), strict=True):
+        if isinstance(memory, Tensor):
+            (memory[: len(value)] if memory.ndim else memory).copy_(value)
+
+
 def _weights(network: Any) -> Any:
     """Where the weights of a network lie."""
     if not isinstance(network, nn.Module):
         return None
-    return network.training, *(v.data_ptr() for v in chain(network.parameters(), network.buffers()))
+    places: list[int] = [network.training]
+    modules = [network]
+    for module in modules:  # which grows: ``parameters()`` takes several times as long
+        modules += [part for part in module._modules.values() if part is not None]
+        held = chain(module._parameters.values(), module._buffers.values())
+        places += [value.data_ptr() for value in held if value is not None]
+    return tuple(places)
 
 
-def _guides(guidance: Guidance) -> Iterator[Any]:
-    return (_weights(getattr(guidance, part.name)) for part in fields(guidance))  # type: ignore[arg-type]
+def _of_loop(loop: Loop) -> Any:
+    guides = (getattr(loop.guidance, part.name) for part in fields(loop.guidance))  # type: ignore[arg-type]
+    return replace(loop, network=None, diffusion=None), *map(_weights, guides)
 
 
 def _autocast(device: torch.device) -> Any:

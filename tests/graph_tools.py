@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff import graph
 
 # What would wait for the device, or bring numbers to it from the host.
 HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "lift_fresh")
@@ -44,6 +48,7 @@ class Device:
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
+        self.serves = True
         self.taped = True  #: whether rows are written down; otherwise they are run again, on the backend that is asked
         self.trouble: Callable[[], object] | None = None
 
@@ -66,3 +71,13 @@ class Device:
             run()
 
         return replay
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """The CPU as a device that captures."""
+    made = Device()
+    monkeypatch.setattr(graph, "_of", WeakKeyDictionary())
+    monkeypatch.setattr(graph, "serves", lambda device: made.serves)
+    monkeypatch.setattr(graph, "capture", made.capture)
+    monkeypatch.setattr(graph, "new_pool", lambda: None)
+    return made

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_tools import Device
+from graph_tools import Device, stand_in
 from torch import Tensor, nn
 
 import fastdiff as fd
@@ -34,14 +34,9 @@ def on_the_reference() -> Iterator[None]:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """The CPU as a device that captures."""
-    stand_in = Device()
-    monkeypatch.setattr(graph, "_of", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(graph, "serves", lambda device: True)
-    monkeypatch.setattr(graph, "capture", stand_in.capture)
-    monkeypatch.setattr(graph, "new_pool", lambda: None)
+    made = stand_in(monkeypatch)
     monkeypatch.setattr("fastdiff.ops.step.check_row", lambda *_: None)  # it looks at a row on the CPU only
-    return stand_in
+    return made
 
 
 def network(features: int = 2, **options: Any) -> fd.MLP:
@@ -353,6 +348,21 @@ def test_the_prepared_form_of_a_unet_follows_its_weights(device: Device) -> None
 # ---- memory ---------------------------------------------------------------------------------
 
 
+def test_the_result_of_a_function_is_the_caller_s(device: Device) -> None:
+    model = network(num_classes=3)
+    given = [(torch.full(SHAPE, value), torch.tensor(value), LABELS) for value in (0.5, 1.5)]
+
+    def asked(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = model(x, t.expand(len(x)), y=y)
+        return out
+
+    with torch.no_grad():
+        results = [graph.replayed(model, asked, values) for values in given]
+        assert all(torch.equal(result, asked(*values)) for result, values in zip(results, given, strict=True))
+    assert (device.captures, device.replays) == (1, 2)
+    assert not torch.equal(*results)
+
+
 def slots(model: Any) -> Any:
     return graph._of[model]._slots
 
@@ -378,7 +388,7 @@ def test_teardown_forgets(device: Device) -> None:
     model = network()
     captured, eager = pair(model)
     same(captured, eager)
-    held = weakref.ref(next(iter(slots(model).values()))._captured)
+    held = weakref.ref(next(iter(slots(model).values()))._kept)
     captured.teardown()
     gc.collect()
     assert held() is None

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from graph_tools import Device
+from graph_tools import Device, stand_in
 from train_tools import far, images, write_model
 
 import fastdiff as fd
-from fastdiff import InputError, graph
+from fastdiff import InputError
 from fastdiff.training.config import Operation, TrainConfig
 from fastdiff.training.loader import Batch
 from fastdiff.training.trainer import Trainer
@@ -36,15 +36,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """The CPU as a device that captures, whose values nobody looks at."""
-    stand_in = Device()
-    monkeypatch.setattr(graph, "serves", lambda device: True)
-    monkeypatch.setattr(graph, "capture", stand_in.capture)
-    monkeypatch.setattr(graph, "new_pool", lambda: None)
+    """Its values nobody looks at."""
+    made = stand_in(monkeypatch)
     for place in ("losses", "diffusion", "learned_schedule"):
         monkeypatch.setattr(f"fastdiff.{place}.visible", lambda x: False)
     monkeypatch.setattr("fastdiff.noise._word", lambda name, value: torch.as_tensor(value))
-    return stand_in
+    return made
 
 
 def trainer(folder: Path, case: str = "simple", device: str = "cpu", **operation: Any) -> Trainer:

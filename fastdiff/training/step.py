@@ -4,7 +4,7 @@ the whole step can be one CUDA graph; whether it changes anything is decided whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -111,38 +111,22 @@ class Captured:
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self._memory: Inputs | None = None
-        self._outcome: Outcome | None = None
-        self._replay: Callable[[], object] | None = None
+        self._graph: graph.Function | None = None
 
     def __call__(self, inputs: Inputs) -> Outcome:
         assert isinstance(inputs.step, int)
         device = inputs.x.device
         step = torch.full((), inputs.step, dtype=torch.int64, device=device)
         given = inputs._replace(step=step, places=brought(inputs.places, device))
-        if self._replay is None:
-            self._replay = self._capture(given)
-        self._bring(given)
+        self._graph = self._graph or self._captured(given)
         with self._step.keyed(inputs.step, inputs.places):
-            self._replay()
-        assert self._outcome is not None
-        return self._outcome
+            outcome: Outcome = self._graph(given)
+        return outcome
 
-    def _capture(self, given: Inputs) -> Callable[[], object]:
+    def _captured(self, given: Inputs) -> graph.Function:
         """Warmed up by steps that change nothing."""
-        self._memory = pytree.tree_map_only(Tensor, torch.empty_like, given)
         idle = given._replace(allowed=torch.zeros_like(given.allowed))
-
-        def row() -> None:
-            assert self._memory is not None
-            self._outcome = self._step(self._memory)
-
         try:
-            return graph.capture(row, lambda: self._bring(idle), given.x.device, graph.new_pool())
+            return graph.Function(self._step, (idle,), graph.new_pool())
         except RuntimeError as error:
             raise InputError(f"the step cannot be a CUDA graph, leave out --graph: {error}") from error
-
-    def _bring(self, given: Inputs) -> None:
-        for own, value in zip(pytree.tree_leaves(self._memory), pytree.tree_leaves(given), strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(value)
