@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import subprocess
 import sys
 import threading
+import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from graph_tools import Device, stand_in
 from torch import Tensor
 
-from fastdiff import InputError
+import fastdiff as fd
+from fastdiff import InputError, graph
 from fastdiff.adapters import diffusers as adapters
 
 diffusers = pytest.importorskip("diffusers")
@@ -316,3 +321,185 @@ def test_threads_share_a_scheduler_that_remembers() -> None:
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda steps: given_away(scheduler, steps), lengths))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+# ---- pipelines whose network is a CUDA graph ------------------------------------------------------
+
+PIPELINES = [("DDPMPipeline", {}), ("DDIMPipeline", {"eta": 0.5})]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Networks run again and are not taped: no tape can take oneDNN's operations."""
+    made = stand_in(monkeypatch)
+    made.taped = False
+    return made
+
+
+def accelerated(kind: str = "DDPMPipeline", place: str = "cpu") -> Any:
+    made = pipeline(kind, getattr(diffusers, kind.replace("Pipeline", "Scheduler"))())
+    return adapters.accelerate(made.to(place))
+
+
+def eager(device: Device, pipe: Any, **call: Any) -> Tensor:
+    device.serves = False
+    made = images(pipe, **call)
+    device.serves = True
+    return made
+
+
+@pytest.mark.parametrize(("kind", "call"), PIPELINES)
+def test_a_replayed_network_gives_the_same_images(kind: str, call: dict[str, Any], device: Device) -> None:
+    pipe = accelerated(kind)
+    for steps in (5, 8):
+        wanted = eager(device, pipe, num_inference_steps=steps, **call)
+        assert torch.equal(images(pipe, num_inference_steps=steps, **call), wanted)
+    assert (device.captures, device.replays) == (1, 13)
+    assert images(adapters.restore(pipe), num_inference_steps=2).shape == (2, 8, 8, 3)
+    assert device.replays == 13
+
+
+def test_a_network_is_captured_once_for_each_shape(device: Device) -> None:
+    """On the reference, which a tape can take: what a replay leaves is overwritten by the next one."""
+    device.taped = True
+    theirs = unet(num_class_embeds=5)
+    network: Any = adapters.accelerate(diffusers.DDPMPipeline(theirs, diffusers.DDPMScheduler())).unet
+    network.network = fd.UNet.from_diffusers(theirs).eval()
+    made = []
+    with fd.backend("reference"), torch.no_grad():
+        for t in (7, torch.tensor(300), torch.tensor(20.0)):
+            for size, labels in ((8, torch.tensor([4, 0])), (16, torch.tensor([1])), (8, torch.tensor([1, 2]))):
+                x = torch.randn(len(labels), 3, size, size)
+                made.append((network(x, t, labels).sample, theirs(x, t, class_labels=labels).sample))
+    assert device.captures == 4, "two shapes, and whole and other timesteps"
+    assert device.replays == len(made) == 9
+    assert all((ours - wanted).abs().max() < 1e-5 for ours, wanted in made)
+
+
+def test_missing_labels_are_no_failed_capture(device: Device) -> None:
+    theirs = unet(num_class_embeds=5)
+    network = adapters.accelerate(diffusers.DDPMPipeline(theirs, diffusers.DDPMScheduler())).unet
+    x = torch.ones(2, 3, 8, 8)
+    with torch.no_grad():
+        with pytest.raises(InputError, match="pass y"):
+            network(x, 3)
+        for labels in (torch.tensor([0, 2]), torch.tensor([4, 1])):
+            assert (network(x, 3, labels).sample - theirs(x, 3, class_labels=labels).sample).abs().max() < 1e-5
+    assert (device.captures, device.replays) == (2, 2)
+
+
+def test_gradients_are_not_replayed(device: Device) -> None:
+    network = accelerated().unet
+    x = torch.ones(1, 3, 8, 8, requires_grad=True)
+    network(x, 3).sample.sum().backward()
+    assert x.grad is not None
+    assert device.captures == 0
+
+
+def test_weights_that_have_moved_are_captured_anew(device: Device) -> None:
+    network = accelerated().unet
+    x = torch.ones(1, 3, 8, 8)
+    with torch.no_grad():
+        before = network(x, 3).sample
+        network.network.load_state_dict({k: 2 * v for k, v in network.network.state_dict().items()}, assign=True)
+        assert not torch.equal(network(x, 3).sample, before)
+    assert device.captures == 2
+
+
+def test_threads_share_a_replayed_network(device: Device) -> None:
+    pipe = accelerated()
+    lengths = [3 + number % 5 for number in range(16)]
+    alone = [eager(device, pipe, num_inference_steps=steps) for steps in lengths]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda steps: images(pipe, num_inference_steps=steps), lengths))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert (device.captures, device.replays) == (1, sum(lengths))
+
+
+def test_a_network_that_cannot_be_captured_says_so_once(device: Device) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pipe, device.trouble = accelerated(), fail
+    wanted = eager(device, pipe, num_inference_steps=4)
+    with pytest.warns(RuntimeWarning, match="no CUDA graph of this network.*: OutOfMemoryError CUDA out of") as warned:
+        assert torch.equal(images(pipe, num_inference_steps=4), wanted)
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images(pipe, num_inference_steps=4)
+    assert (device.captures, device.replays) == (1, 0)
+
+
+def test_restore_gives_back_the_memory_of_graphs(device: Device) -> None:
+    pipe = accelerated()
+    images(pipe, num_inference_steps=2)
+    network, held = pipe.unet, weakref.ref(next(iter(graph._of[pipe.unet]._slots.values())))
+    adapters.restore(pipe)
+    gc.collect()
+    assert network not in graph._of
+    assert held() is None
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize(("kind", "call"), PIPELINES)
+def test_a_gpu_s_graph_gives_the_same_images(kind: str, call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = accelerated(kind, "cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        replayed = [images(pipe, num_inference_steps=20, **call) for _ in range(2)]
+    assert len(graph._of[pipe.unet]._slots) == 1
+    assert torch.equal(*replayed)
+    monkeypatch.setattr(graph, "serves", lambda device: False)
+    assert (images(pipe, num_inference_steps=20, **call) - replayed[0]).abs().max() < 1e-3
+    assert (images(adapters.restore(pipe), num_inference_steps=20, **call) - replayed[0]).abs().max() < 1e-2
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_a_call_does_not_wait_for_the_gpu() -> None:
+    """Timesteps of a pipeline lie on the host."""
+    network, x = accelerated(place="cuda").unet, torch.ones(2, 3, 8, 8, device="cuda")
+    with torch.no_grad():
+        network(x, torch.tensor(7))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = [network(x, torch.tensor(t)).sample for t in (1, 900)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert (results[0] - results[1]).abs().max() > 0
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_threads_share_a_gpu_s_graph() -> None:
+    """Each on a stream of its own."""
+    pipe = accelerated(place="cuda")
+    lengths = [3 + number % 5 for number in range(8)]
+    alone = [images(pipe, num_inference_steps=steps) for steps in lengths]
+
+    def run(steps: int) -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return images(pipe, num_inference_steps=steps)
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(run, lengths))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_restore_gives_a_gpu_its_memory_back() -> None:
+    """All but what libraries keep since the first time."""
+    pipe, kept = pipeline("DDPMPipeline", diffusers.DDPMScheduler()).to("cuda"), []
+    for _ in range(3):
+        images(adapters.accelerate(pipe), num_inference_steps=2)
+        adapters.restore(pipe)
+        gc.collect()
+        torch.cuda.empty_cache()
+        kept.append(torch.cuda.memory_reserved())
+    assert kept[1] == kept[2]

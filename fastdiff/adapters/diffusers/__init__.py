@@ -7,7 +7,8 @@ take it for that; ``step`` is one row of a solver's table, by the fused ops::
 
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 
-``accelerate(pipeline)`` does so, and takes our network for a ``UNet2DModel``; ``restore(pipeline)`` undoes it.
+``accelerate(pipeline)`` does so, and takes our network for a ``UNet2DModel``, on a GPU as a CUDA graph;
+``restore(pipeline)`` undoes it.
 
 ``strict_compat=True`` keeps diffusers' float32 tables, timesteps and strides to the last bit. By default
 

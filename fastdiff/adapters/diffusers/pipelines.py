@@ -8,6 +8,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel, UNet2DOutput
 from torch import Tensor, nn
 
+from fastdiff import graph
 from fastdiff.adapters.diffusers import SCHEDULERS, schedulers
 from fastdiff.errors import check, choose
 from fastdiff.models import UNet
@@ -18,6 +19,10 @@ PLACE = "_before_fastdiff"
 
 def accelerate(pipeline: Any, *, precision: str | None = None, strict_compat: bool = False) -> Any:
     """Let a pipeline run on our scheduler and network, in place. Its call, callbacks and outputs stay what they are.
+
+    Its loop stays, too: beside network and scheduler it takes some ten microseconds a step. On a GPU the network is a
+    CUDA graph for each shape and dtype, of which it keeps the latest :data:`fastdiff.graph.BOUND`, and is replayed
+    where no gradients are asked for; threads take turns. What cannot be captured runs as it is, with one warning.
 
     Args:
         pipeline: of DDPM's, DDIM's or Stable Diffusion's kind: an object with ``scheduler``, one of
@@ -51,13 +56,14 @@ def accelerate(pipeline: Any, *, precision: str | None = None, strict_compat: bo
 
 
 def restore(pipeline: Any) -> Any:
-    """Give a pipeline back what :func:`accelerate` has replaced.
+    """Give a pipeline back what :func:`accelerate` has replaced, and a GPU the memory of its graphs.
 
     Raises:
         InputError: a pipeline that is not accelerated.
     """
     check(hasattr(pipeline, PLACE), "this pipeline is not accelerated")
     for part, value in getattr(pipeline, PLACE).items():
+        graph.teardown(getattr(pipeline, part))
         setattr(pipeline, part, value)
     object.__delattr__(pipeline, PLACE)
     return pipeline
@@ -85,7 +91,20 @@ class Network(nn.Module):
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
         """As ``UNet2DModel.forward``: one timestep or ``[N]``, class labels ``[N]``."""
-        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        cond = {} if class_labels is None else {"y": class_labels}
-        output: Tensor = self.network(sample.to(self._computes), t, **cond).to(sample.dtype)
+        given = sample, _told(timestep, sample.device), class_labels
+        replays = graph.serves(sample.device) and not torch.is_grad_enabled()
+        output = graph.replayed(self, self._output, given) if replays else self._output(*given)
         return UNet2DOutput(sample=output) if return_dict else (output,)
+
+    def _output(self, sample: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        cond = {} if labels is None else {"y": labels}
+        output: Tensor = self.network(sample.to(self._computes), t.expand(len(sample)), **cond)
+        return output.to(sample.dtype)
+
+
+def _told(timestep: Tensor | float, device: torch.device) -> Tensor:
+    """A timestep on the device. A number is made there: to bring it would wait for the GPU."""
+    told = torch.as_tensor(timestep)
+    if told.ndim or told.device.type != "cpu" or not graph.serves(device):
+        return told.to(device)
+    return torch.full((), told.item(), dtype=told.dtype, device=device)
