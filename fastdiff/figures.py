@@ -1,4 +1,4 @@
-"""The pictures that commands leave behind. Each is written whole or not at all."""
+"""The pictures that commands and recipes leave behind. Each is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def loss_curve(path: Path, losses: list[float]) -> None:
     """The loss of every step and its running mean; without matplotlib, only a line that says so."""
     if not _can_draw(path):
         return
-    figure, axes = _figure(1, 1, size=(6.4, 4.0))
+    figure, axes = subplots(1, 1, size=(6.4, 4.0))
     window = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     axes[0, 0].plot(losses, color="#c6d4e8", linewidth=0.7, label="each step")
@@ -49,33 +49,33 @@ def loss_curve(path: Path, losses: list[float]) -> None:
         axes[0, 0].set_yscale("log")
     axes[0, 0].set(xlabel="training step", ylabel="loss")
     axes[0, 0].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def divergence(path: Path, curves: dict[str, list[float]]) -> None:
     """How far runs are from the exact one after each step; without matplotlib, only a line that says so."""
     if not _can_draw(path):
         return
-    figure, axes = _figure(1, 1, size=(6.4, 4.0))
+    figure, axes = subplots(1, 1, size=(6.4, 4.0))
     for name, values in curves.items():
         axes[0, 0].plot(values, label=name, linestyle="--" if name == "budget" else "-")
     axes[0, 0].set(xlabel="step", ylabel="largest difference from float64", yscale="log")
     axes[0, 0].legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def metric_curves(path: Path, over: str, curves: dict[str, list[tuple[int, Result]]], title: str) -> None:
     """One panel for each metric: its value, and interval if there is one, over ``steps`` or along a ``trajectory``."""
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    figure, axes = _figure(rows, columns, size=(3.8 * columns, 3.2 * rows + 0.3))
+    figure, axes = subplots(rows, columns, size=(3.8 * columns, 3.2 * rows + 0.3))
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     for axis, (name, points) in zip(axes.flat, curves.items(), strict=False):
         _metric_curve(axis, over, points)
         axis.set(title=name, xlabel="number of steps" if over == "steps" else "step whose $x_0$ is judged")
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _metric_curve(axis: Axes, over: str, points: list[tuple[int, Result]]) -> None:
@@ -97,30 +97,30 @@ def _metric_curve(axis: Axes, over: str, points: list[tuple[int, Result]]) -> No
 def labelled_grid(path: Path, rows: list[tuple[str, Tensor]], title: str) -> None:
     """One row of uint8 images ``[N, C, H, W]`` for each name."""
     columns = max(len(images) for _, images in rows)
-    figure, axes = _figure(len(rows), columns, size=(0.62 * columns + 0.5, 0.62 * len(rows) + 0.5))
+    figure, axes = subplots(len(rows), columns, size=(0.62 * columns + 0.5, 0.62 * len(rows) + 0.5))
     for (name, images), line in zip(rows, axes, strict=True):
         for image, axis in zip(images, line, strict=False):
             axis.imshow(to_array(image), cmap="gray", vmin=0, vmax=255)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    _bare(axes)
+    bare(axes)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def noising_strip(path: Path, diffusion: Diffusion, x0: Tensor, to_raw: Any, title: str) -> None:
     """The forward process of a few images ``[N, C, H, W]`` (network scale), one column for each of some timesteps."""
     moments = torch.linspace(0, len(diffusion.schedule) - 1, 9).long()
     columns = [to_raw(_noised(diffusion, x0, t)) for t in moments]
-    figure, axes = _figure(len(x0), len(moments) + 1, size=(0.9 * (len(moments) + 1), 0.9 * len(x0) + 0.6))
+    figure, axes = subplots(len(x0), len(moments) + 1, size=(0.9 * (len(moments) + 1), 0.9 * len(x0) + 0.6))
     for j, (name, images) in enumerate(
         [("$x_0$", to_raw(x0)), *((f"t = {int(t)}", c) for t, c in zip(moments, columns, strict=True))]
     ):
         axes[0, j].set_title(name, fontsize=8)
         for i, image in enumerate(images):
             axes[i, j].imshow(to_array(image), cmap="gray", vmin=0, vmax=255)
-    _bare(axes)
+    bare(axes)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def animation(path: Path, frames: list[Tensor], columns: int = 10, milliseconds: int = 80) -> None:
@@ -141,12 +141,12 @@ def point_trajectories(path: Path, diffusion: Diffusion, data: Tensor, to_raw: A
         ("data", to_raw(data)),
         *((f"t = {t}", to_raw(_noised(diffusion, data, torch.tensor(t)))) for t in moments),
     ]
-    figure, axes = _figure(2, len(reverse), size=(2.1 * len(reverse), 4.6))
+    figure, axes = subplots(2, len(reverse), size=(2.1 * len(reverse), 4.6))
     for axis, (name, points) in zip(axes[0], forward, strict=True):
-        _scatter(axis, points, name, "#1f4e8c")
+        scatter(axis, points, name, "#1f4e8c")
     names = ["samples"] + [""] * (len(reverse) - 1)
     for axis, name, points in zip(axes[1], names, reversed(reverse), strict=True):
-        _scatter(axis, points, name, "#b3541e")
+        scatter(axis, points, name, "#b3541e")
     axes[0, 0].set_ylabel("forward")
     axes[1, 0].set_ylabel("reverse")
     low, high = forward[0][1].amin(0), forward[0][1].amax(0)
@@ -154,7 +154,7 @@ def point_trajectories(path: Path, diffusion: Diffusion, data: Tensor, to_raw: A
     limits = torch.stack((low - margin, high + margin), 1).tolist()
     for axis in axes.flat:
         axis.set(xlim=limits[0], ylim=limits[1])
-    _save(figure, path)
+    save(figure, path)
 
 
 def _noised(diffusion: Diffusion, x0: Tensor, t: Tensor) -> Tensor:
@@ -162,25 +162,29 @@ def _noised(diffusion: Diffusion, x0: Tensor, t: Tensor) -> Tensor:
     return diffusion.add_noise(x0, noise.normal(x0.shape, seed=0, stream=noise.Stream.TRAINING), t.expand(len(x0)))
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+def subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """An empty picture and its panels ``[rows, columns]``; ``size`` in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _scatter(axis: Axes, points: Tensor, title: str, color: str) -> None:
+def scatter(axis: Axes, points: Tensor, title: str, color: str) -> None:
+    """Points ``[N, 2]``."""
     axis.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=1.0, color=color, alpha=0.4, linewidths=0)
     axis.set(xticks=[], yticks=[], title=title)
 
 
-def _bare(axes: Any) -> None:
+def bare(axes: Any) -> None:
+    """Leave out the frames and ticks of panels that show images."""
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     _io.replace(path, buffer.getvalue())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fastdiff.cli import convert, demo, doctor, info, sample, train, verify
+from fastdiff.cli import convert, demo, doctor, info, reproduce, sample, train, verify
 from fastdiff.cli import eval as evaluation
 from fastdiff.errors import InputError
 from fastdiff.training.distributed import ElsewhereError
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(demo.demo, train.train, sample.sample, evaluation.eval_),
-    *(verify.verify_, doctor.doctor, convert.convert, info.info),
+    *(reproduce.reproduce, verify.verify_, doctor.doctor, convert.convert, info.info),
 )
 for command in COMMANDS:
     app.command(command.__name__.rstrip("_"))(command)

@@ -49,10 +49,10 @@ def draw(trainer: Trainer) -> None:
     if group.is_first:
         raw = torch.cat([part for part in parts if part is not None])
         path = trainer.run / FOLDER / f"step-{trainer.step:08d}.png"
-        image_grid(path, _histogram(raw) if data.is_points else raw, columns=8)
+        image_grid(path, histogram(raw) if data.is_points else raw, columns=8)
 
 
-def _histogram(points: Tensor) -> Tensor:
+def histogram(points: Tensor) -> Tensor:
     """How many of ``[N, 2]`` lie where, the first coordinate to the right, dark where many do: ``[1, 1, H, W]``."""
     points = points[points.isfinite().all(1)].double()
     counts, _ = torch.histogramdd(points.flip(1), CELLS)

@@ -1,0 +1,51 @@
+"""DDPM: a U-Net that predicts the noise, and a thousand steps back
+
+Ho, Jain & Abbeel 2020: linear betas, the simple loss, Σ = β, algorithm 2 over the whole chain.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import fastdiff as fd
+from fastdiff import figures
+from fastdiff.reproduce.page import Page
+from fastdiff.reproduce.recipes import DDPM
+from fastdiff.reproduce.studio import Score, Studio
+
+
+def run(studio: Studio, page: Page) -> None:
+    count = studio.effort.chain_count
+    scores, samples = [], []
+    for seed in studio.seeds:
+        samples.append(studio.sample(studio.train(**DDPM, seed=seed), "ddpm", 2000, count=count, seed=seed))
+        scores.append(studio.score(samples[-1]))
+    page.table(
+        f"{count} samples of the whole chain; FID and IS by features of a classifier of the data",
+        ["", *Score._fields],
+        [["DDPM", *zip(*scores, strict=True)], ["all data", *studio.real_score]],
+    )
+    noise = [studio.fid(_noise(studio, count, seed)) for seed in studio.seeds]
+    page.claim("Samples are nearer to the data than noise is (FID)", noise, [score.fid for score in scores])
+    first = studio.train(**DDPM)
+    page.figure("samples.png", "Samples, a row for each class", studio.grid, samples[0])
+    page.figure(
+        "denoising.gif",
+        "Ancestral sampling, every state of which 40 are shown",
+        figures.animation,
+        studio.frames(first, "ddpm", 2000),
+    )
+    few = studio.data.batch(torch.arange(6))[0]
+    page.figure(
+        "forward.png",
+        "The forward process with linear betas",
+        figures.noising_strip,
+        first.diffusion,
+        few,
+        studio.data.to_raw,
+        "q(x_t | x_0)",
+    )
+
+
+def _noise(studio: Studio, count: int, seed: int) -> torch.Tensor:
+    return studio.data.to_raw(fd.noise.normal((count, *studio.data.shape), seed=seed))
