@@ -72,6 +72,7 @@ def points(setting: Setting, fast: bool) -> Case:
     network = cache(partial(make_mlp, setting.device))
     made = cache(partial(compiled, network)) if fast else network
     contestants = {"diffusers loop": scheduler_loop, "guided-diffusion style": guided_diffusion_loop}
+    contestants["ours, recorded"] = recorded
     peers = {name: (contestant, made, 1e-3) for name, contestant in contestants.items()}
     return case("points, compiled" if fast else "points", setting, made, network, peers)
 
@@ -89,6 +90,7 @@ def images(setting: Setting, quick: bool) -> Case:
         peers[f"diffusers {name}, bf16 last"] = (pipeline, half, TOLERANCE[BF16])
     peers[f"diffusers {name}, compiled"] = (pipeline, fast, TOLERANCE[setting.dtype])
     peers["guided-diffusion style"] = (guided_diffusion_loop, network, plain)
+    peers["ours, recorded"] = (recorded, ours, TOLERANCE[setting.dtype])
     return case(f"images {_name(setting.dtype)}", setting, ours, network, peers)
 
 
@@ -172,11 +174,16 @@ def output(network: Any, x: Tensor, t: Tensor) -> Tensor:
 # ---- ours -------------------------------------------------------------------------------------
 
 
-def fastdiff(setting: Setting, network: Any) -> Run:
+def fastdiff(setting: Setting, network: Any, record: fd.Recorder | None = None) -> Run:
     diffusion = fd.Diffusion(fd.Schedule.linear(1000), V)
     clip = 1.0 if setting.clip else None
     sampler = fd.Sampler(network, diffusion, setting.solver, setting.steps, clip=clip, device=setting.device)
-    return lambda x: sampler(setting.shape, x=x, seed=0)
+    return lambda x: sampler(setting.shape, x=x, seed=0, record=record)
+
+
+def recorded(setting: Setting, network: Any) -> Run:
+    """Ours again, with 40 of its states kept, as animations want them: what that costs is this ratio above 1."""
+    return fastdiff(setting, network, fd.Recorder(every=max(1, setting.steps // 40)))
 
 
 # ---- the formulas -----------------------------------------------------------------------------

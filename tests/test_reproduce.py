@@ -20,7 +20,7 @@ from fastdiff.reproduce import sources, summary
 from fastdiff.reproduce.page import Mean, Page
 from fastdiff.reproduce.recipes import IDDPM, NAMES, recipe
 from fastdiff.reproduce.recipes.disturbances import DISTURBANCES
-from fastdiff.reproduce.recipes.iddpm import KINDS
+from fastdiff.reproduce.recipes.iddpm import network
 from fastdiff.reproduce.recipes.x0_snr import exact_x0
 from fastdiff.reproduce.studio import TINY, Studio
 
@@ -94,7 +94,7 @@ def test_bits_of_recipes_are_those_of_spaced_schedules(studio) -> None:
     """Over all timesteps the recipe's bound is that of the library."""
     from fastdiff.reproduce.recipes.iddpm import _bits
 
-    run = studio.train(**KINDS["hybrid, learned"], seed=0)
+    run = network(studio, "hybrid, learned", 0)
     x0, y = studio.some(64)
     whole = run.diffusion.bits_per_dim(run.model, x0, y=y).total.mean()
     assert _bits(studio, run, TINY.timesteps) == pytest.approx(float(whole), rel=1e-6)

@@ -30,11 +30,15 @@ def curves(
     for axis, (ylabel, lines) in zip(axes.flat, panels.items(), strict=False):
         for (name, values), color in zip(lines.items(), COLORS * 4, strict=False):
             _line(axis, name, x, values, color)
-        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        if logy:  # a band may reach below zero: the axis ends at half the least mean
+            axis.set(yscale="log", ylim=(min(Mean.of(v).value for each in lines.values() for v in each) / 2, None))
         if logx:
             axis.set_xscale("log")
             axis.set_xticks(x, [f"{place:g}" for place in x])
             axis.minorticks_off()
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     if len(next(iter(panels.values()))) > 1:
         axes[0, 0].legend(frameon=False, fontsize=8)
     figures.save(figure, path)

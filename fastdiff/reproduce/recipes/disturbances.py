@@ -84,10 +84,9 @@ def run(studio: Studio, page: Page) -> None:
         "fid.png",
         "FID by the level of disturbance, mean and 95 % interval over three divisions of the data",
         plots.curves,
-        {"FID": values},
+        {name: {name: levels} for name, levels in values.items()},
         LEVELS,
         "level",
-        logy=True,
     )
     page.table("FID", ["", *(f"level {level:g}" for level in LEVELS)], [[n, *v] for n, v in values.items()])
     for name, levels in values.items():
