@@ -18,7 +18,7 @@ from fastdiff.reproduce.studio import Studio
 from fastdiff.training.data import points
 from fastdiff.training.run import Run
 
-SETTINGS = {"schedule": "cosine", "prediction": "epsilon", "variance": "learned_range", "loss": "vlb"}
+SETTINGS = {"schedule": "cosine", "prediction": "v_prediction", "variance": "learned_range", "loss": "vlb"}
 
 
 def run(studio: Studio, page: Page) -> None:
