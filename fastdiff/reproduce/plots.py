@@ -28,8 +28,8 @@ def curves(
     rows = -(-len(panels) // columns)
     figure, axes = figures.subplots(rows, columns, size=(4.6 * columns, 3.6 * rows))
     for axis, (ylabel, lines) in zip(axes.flat, panels.items(), strict=False):
-        for (name, values), color in zip(lines.items(), COLORS * 4, strict=False):
-            _line(axis, name, x, values, color)
+        for i, (name, values) in enumerate(lines.items()):
+            _line(axis, name, x, values, COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--")
         axis.set(xlabel=xlabel, ylabel=ylabel)
         if logy:  # a band may reach below zero: the axis ends at half the least mean
             axis.set(yscale="log", ylim=(min(Mean.of(v).value for each in lines.values() for v in each) / 2, None))
@@ -44,11 +44,11 @@ def curves(
     figures.save(figure, path)
 
 
-def _line(axis: Axes, name: str, x: Sequence[float], values: Sequence[Sequence[float]], color: str) -> None:
+def _line(axis: Axes, name: str, x: Sequence[float], values: Sequence[Sequence[float]], color: str, style: str) -> None:
     means = [Mean.of(each) for each in values]
     y = torch.tensor([mean.value for mean in means])
     margin = torch.tensor([mean.margin or 0.0 for mean in means])
-    axis.plot(x, y, marker="o" if len(y) < 30 else None, markersize=3, color=color, label=name)
+    axis.plot(x, y, marker="o" if len(y) < 30 else None, markersize=3, linestyle=style, color=color, label=name)
     axis.fill_between(x, y - margin, y + margin, color=color, alpha=0.15, linewidth=0)
 
 
