@@ -60,11 +60,12 @@ def network(studio: Studio, name: str, seed: int) -> Run:
 
 
 def _samples(studio: Studio, page: Page) -> None:
-    rows = []
+    rows, count = [], studio.effort.chain_count
     for name in KINDS:
         runs = [network(studio, name, seed) for seed in studio.seeds]
-        rows.append([name, *([studio.fid(studio.sample(run, "ddpm", n)) for run in runs] for n in (10, 50))])
-    page.table("FID of ancestral sampling", ["", "10 steps", "50 steps"], rows)
+        drawn = [[studio.sample(run, "ddpm", n, count=count) for run in runs] for n in (10, 50)]
+        rows.append([name, *([studio.fid(samples) for samples in each] for each in drawn)])
+    page.table(f"FID of ancestral sampling, {count} samples", ["", "10 steps", "50 steps"], rows)
 
 
 def _bits(studio: Studio, run: Run, steps: int) -> float:
