@@ -51,7 +51,7 @@ def run(studio: Studio, page: Page) -> None:
         first.diffusion,
         data,
         first.data.to_raw,
-        [way[i] for i in (0, 9, 14, 17, 19)],
+        [way[i] for i in (0, 4, 9, 14, 19)],
     )
     page.figure("denoising.gif", f"{count} points on their way back", plots.point_animation, way)
 
