@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from fastdiff import figures, ops
@@ -60,7 +61,8 @@ def run(studio: Studio, name: str, command: str, settings: dict[str, Any]) -> Pa
     page = Page(studio.folder / name, name, title, " ".join(text.split()))
     module.run(studio, page)
     seconds = round(time.perf_counter() - began, 1)
-    page.save(command=command, settings={**settings, "device": str(studio.device)}, seconds=seconds)
+    settings = {**settings, "device": str(studio.device), "threads": torch.get_num_threads()}
+    page.save(command=command, settings=settings, seconds=seconds)
     print(f"{name}: {_verdicts(page.claims)}; {seconds:.0f} s")
     return page
 

@@ -31,14 +31,14 @@ VERDICTS = {"holds": "holds", "open": "neither shown nor refuted", "reversed": "
 
 
 def kept(folder: Path) -> dict[str, Any]:
-    """The claims, settings and seconds of all reports of a gallery.
+    """The claims and settings of all reports of a gallery.
 
     Raises:
         InputError: a recipe without a report.
     """
     reports = {name: _io.read_json(folder / name / REPORT) for name in NAMES}
     return {
-        name: {key: report[key] for key in ("title", "command", "settings", "seconds", "claims")}
+        name: {key: report[key] for key in ("title", "command", "settings", "claims")}
         for name, report in reports.items()
     }
 
@@ -55,11 +55,10 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Written by `python -m fastdiff.reproduce.summary` from `benchmarks/results/reproduce.json`. Data: "
         f"{first['settings']['data']}; {first['settings']['seeds']} networks of each kind; mean ± 95 % interval over "
-        f"them. An ordering holds, or does not, where the interval of the difference leaves zero out. All recipes "
-        f"took {sum(report['seconds'] for report in found.values()) / 60:.0f} minutes."
+        f"them. An ordering holds, or does not, where the interval of the difference leaves zero out."
     )
     for report in found.values():
-        yield from ("", f"## {report['title']}", "", f"`{report['command']}`, {report['seconds']:.0f} s", "")
+        yield from ("", f"## {report['title']}", "", f"`{report['command']}`", "")
         yield from ("| ordering | | larger | smaller |", "|---|---|---|---|")
         for claim in report["claims"]:
             factor = "" if claim["factor"] == 1 else f"{claim['factor']:.3g} x "
