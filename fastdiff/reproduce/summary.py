@@ -69,13 +69,13 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 def block(found: dict[str, Any]) -> str:
     """What the README says, between its marks."""
     verdicts = [claim["verdict"] for report in found.values() for claim in report["claims"]]
-    counts = ", ".join(f"{verdicts.count(verdict)} {VERDICTS[verdict]}" for verdict in VERDICTS)
+    hold, unclear, fail = (verdicts.count(verdict) for verdict in VERDICTS)
     pictures = "\n\n".join(
         f"![{caption}](.github/images/{file.replace('/', '-')})\n\n*{caption}.*" for file, caption in PICTURES.items()
     )
     return (
         f"Of {len(verdicts)} orderings in the sources, with 95 % intervals over "
-        f"{next(iter(found.values()))['settings']['seeds']} networks of each kind: {counts} "
+        f"{next(iter(found.values()))['settings']['seeds']} networks of each kind: {hold} hold, {unclear} are neither shown nor refuted, {fail} do not hold "
         f"([all of them, with their numbers](fastdiff/reproduce/RESULTS.md)).\n\n{pictures}\n"
     )
 

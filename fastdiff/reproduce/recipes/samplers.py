@@ -2,7 +2,8 @@
 
 All solvers on DDPM's networks, by the number of times that the network is asked: a step of Heun's asks twice. (On the
 cosine schedule, whose ratio of noise to signal ends at 20,000 instead of 160, Heun, DPM2 and PNDM make nothing of so
-few steps.)
+few steps.) Networks of so little training seem to err alike at every step, which an ODE adds up and noise undoes:
+solvers that follow the ODE well reach its samples in twenty evaluations, and those with noise end below them.
 """
 
 from __future__ import annotations
