@@ -73,9 +73,10 @@ def block(found: dict[str, Any]) -> str:
     pictures = "\n\n".join(
         f"![{caption}](.github/images/{file.replace('/', '-')})\n\n*{caption}.*" for file, caption in PICTURES.items()
     )
+    seeds = next(iter(found.values()))["settings"]["seeds"]
     return (
-        f"Of {len(verdicts)} orderings in the sources, with 95 % intervals over "
-        f"{next(iter(found.values()))['settings']['seeds']} networks of each kind: {hold} hold, {unclear} are neither shown nor refuted, {fail} do not hold "
+        f"Of {len(verdicts)} orderings in the sources, with 95 % intervals over {seeds} networks of each kind: {hold} "
+        f"hold, {unclear} are neither shown nor refuted, {fail} do not hold "
         f"([all of them, with their numbers](fastdiff/reproduce/RESULTS.md)).\n\n{pictures}\n"
     )
 
