@@ -48,7 +48,7 @@ class Effort:
 
 FULL = Effort()
 QUICK = replace(
-    FULL, train_steps=200, count=300, chain_count=100, seeds=2, classifier_steps=200, point_steps=800, points=1000
+    FULL, train_steps=200, count=300, chain_count=100, seeds=1, classifier_steps=200, point_steps=800, points=1000
 )
 #: that of the tests
 TINY = Effort(
