@@ -126,7 +126,7 @@ class Studio:
             given: dict[str, Any] = {"model": "mlp", "train_steps": effort.point_steps}
         else:
             given = {"model": effort.model, "train_steps": effort.train_steps, "batch": effort.batch}
-            given["learning_rate"] = 5e-3
+            given |= {"learning_rate": 5e-3} if effort.model == "tiny" else {}  # too much for larger ones
         given |= {"timesteps": effort.timesteps} | settings
         given.setdefault("save_every", given["train_steps"])
         if given["model"] == "tiny":
