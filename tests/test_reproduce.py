@@ -3,7 +3,11 @@
 import importlib
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ from fastdiff.reproduce import sources, summary
 from fastdiff.reproduce.page import Mean, Page
 from fastdiff.reproduce.recipes import IDDPM, NAMES, recipe
 from fastdiff.reproduce.recipes.disturbances import DISTURBANCES
-from fastdiff.reproduce.recipes.iddpm import network
+from fastdiff.reproduce.recipes.iddpm import networks
 from fastdiff.reproduce.recipes.x0_snr import exact_x0
 from fastdiff.reproduce.studio import TINY, Studio
 
@@ -32,6 +36,13 @@ OPTIONS = [
     for name in ("train_steps", "batch", "count", "chain_count", "seeds", "classifier_steps", "point_steps", "points")
     for word in (f"--{name.replace('_', '-')}", str(getattr(TINY, name)))
 ] + ["--timesteps", "20"]
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +92,48 @@ def test_a_network_is_trained_once(studio) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(first.model.parameters(), other.model.parameters(), strict=True))
 
 
+def test_networks_side_by_side_are_those_of_one_after_another(request, tmp_path) -> None:
+    one_by_one = Studio(tmp_path / "a", "digits", replace(TINY, seeds=3)).train_each(**IDDPM)
+    request.getfixturevalue("two_threads")
+    side_by_side = Studio(tmp_path / "b", "digits", replace(TINY, seeds=3)).train_each(**IDDPM)
+    for a, b in zip(one_by_one, side_by_side, strict=True):
+        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+    assert [run.config["training"]["seed"] for run in side_by_side] == [0, 1, 2]
+
+
+def test_a_moved_gallery_is_not_trained_again(tmp_path) -> None:
+    Studio(tmp_path / "a", "digits", TINY).train(**IDDPM)
+    (tmp_path / "a").rename(tmp_path / "b")
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    Studio(tmp_path / "b", "digits", TINY).train(**IDDPM)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_training_has_to_say_comes_from_other_processes_too(tmp_path) -> None:
+    studio = Studio(tmp_path, "digits", replace(TINY, seeds=2))
+    (tmp_path / "networks").write_text("in the way")
+    with pytest.raises((InputError, OSError), match="networks"):
+        studio.train_each(**IDDPM)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_asked_to_end_it_keeps_what_was_done(tmp_path) -> None:
+    """Two networks are trained side by side, far from done, when the first process is told to end."""
+    options = [*OPTIONS, "--train-steps", "2000", "--seeds", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "fastdiff", "reproduce", "emnist-letters", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert "training: 200/2000" in next(line for line in process.stderr if "training: 200/" in line)
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 143
+    kept = [path.name for path in tmp_path.glob("networks/*/checkpoints/*")]
+    assert len(kept) == 2
+    assert all("step-00000200" <= name < "step-00002000" for name in kept)
+
+
 def test_scores_of_the_data_themselves(studio) -> None:
     score = studio.real_score
     assert abs(score.fid) < 1e-9
@@ -94,7 +147,7 @@ def test_bits_of_recipes_are_those_of_spaced_schedules(studio) -> None:
     """Over all timesteps the recipe's bound is that of the library."""
     from fastdiff.reproduce.recipes.iddpm import _bits
 
-    run = network(studio, "hybrid, learned", 0)
+    [run] = networks(studio, "hybrid, learned")
     x0, y = studio.some(64)
     whole = run.diffusion.bits_per_dim(run.model, x0, y=y).total.mean()
     assert _bits(studio, run, TINY.timesteps) == pytest.approx(float(whole), rel=1e-6)
@@ -143,8 +196,6 @@ def test_level_zero_disturbs_nothing(disturb) -> None:
 
 
 def of_data(tmp_path, name, data, **settings) -> dict:
-    from dataclasses import replace
-
     studio = Studio(tmp_path / "gallery", data, replace(TINY, seeds=1, **settings))
     command.run(studio, name, name, {})
     report = json.loads((tmp_path / "gallery" / name / "report.json").read_text(encoding="utf-8"))
@@ -161,7 +212,7 @@ def test_mnist_files(tmp_path, name, kind) -> None:
 def test_emnist_files(tmp_path, monkeypatch) -> None:
     images = rng().integers(0, 256, (52, 28, 28), dtype="uint8")
     write_emnist(tmp_path, monkeypatch, images, 1 + torch.arange(52).numpy() % 26)
-    report = of_data(tmp_path, "emnist-letters", f"emnist:{tmp_path}", count=52)
+    report = of_data(tmp_path, "emnist-letters", f"emnist:{tmp_path}", count=52, chain_count=52)
     assert report["claims"][0]["smaller"]["value"] == pytest.approx(1 / 26)
 
 
@@ -197,6 +248,7 @@ def test_the_command_leaves_a_gallery(tmp_path, capsys) -> None:
     [
         (["nothing"], "recipe"),
         (["ddpm", "--seeds", "0"], "seeds must be at least 1"),
+        (["ddpm", "--count", "19"], "count and chain_count must be at least 20, two for each class, got 19"),
         (["ddpm", "--data", "swiss-roll"], "images with labels"),
         (["ddpm", "--data", "nothing"], "data set"),
         (["ddpm", "--train-steps", "0"], "train_steps must be at least 1"),

@@ -39,7 +39,7 @@ SYSTEMS = (
     Row("Improved DDPM: learned variance, hybrid loss", "S0 S1 S2 S3", "fastdiff.diffusion:Diffusion", "iddpm/bits.png",
         "test_losses.py::test_hybrid_loss_is_simple_plus_a_thousandth_of_the_bound"),
     Row("Guided diffusion: AdaGN, a classifier's gradient", "S0 S1 S3", "fastdiff.guidance:ClassifierGuidance",
-        "guided/scale.png", "test_guidance.py::test_an_exact_classifier_makes_the_exact_conditional_model"),
+        "guided/sweep.png", "test_guidance.py::test_an_exact_classifier_makes_the_exact_conditional_model"),
     Row("Palette: an image joined to the input", "S0", "fastdiff.models:UNet", "palette/inpainting.png",
         "test_conditional.py::test_image_to_image_by_a_condition_joined_to_the_input"),
     Row("DDIM", "S1 S3", "fastdiff.solvers:ddim", "ddim/steps.png",
@@ -100,12 +100,12 @@ METRICS = (
         "test_frechet.py::test_commuting_covariances"),
     Row("Inception Score", "S3", "fastdiff.metrics:inception_score", "schedules/curves.png",
         "test_inception_score.py::test_the_score_is_its_definition"),
-    Row("Precision and recall", "S0", "fastdiff.metrics:prdc", "guided/scale.png",
+    Row("Precision and recall", "S0", "fastdiff.metrics:prdc", "guided/sweep.png",
         "test_metrics_neighbours.py::test_the_four_are_their_definitions"),
     Row("Bits per dimension", "S3", "fastdiff.likelihood:variational_bound", "iddpm/bits.png",
         "test_likelihood.py::test_the_bound_approaches_the_truth_from_above_as_steps_grow"),
     Row("Images of one channel: features of the data's own classifier", "S3", "fastdiff.training.run:ClassifierRun",
-        "guided/scale.png", "test_classifier.py::test_a_run_is_an_extractor"),
+        "guided/sweep.png", "test_classifier.py::test_a_run_is_an_extractor"),
 )  # fmt: skip
 FIGURES = (
     Row("Swiss roll, forward and reverse", "S0", "fastdiff.figures:point_trajectories",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +13,13 @@ import torch
 from torch import Tensor
 
 import fastdiff as fd
-from fastdiff import _io, figures
+from fastdiff import figures
 from fastdiff.errors import check
 from fastdiff.metrics.evaluation import FeatureSet
+from fastdiff.reproduce.networks import Network, train
 from fastdiff.training.config import TrainConfig, option
 from fastdiff.training.data import Data, load
-from fastdiff.training.presets import model_config
 from fastdiff.training.run import ClassifierRun, Run, load_classifier, load_run
-from fastdiff.training.saving import Signals
-from fastdiff.training.trainer import Trainer
 
 NETWORKS = "networks"
 METRICS = ("fid", "is", "pr")
@@ -35,7 +32,7 @@ class Effort:
 
     train_steps: int = option(600, "optimiser steps of each network")
     batch: int = option(64, "images in an optimiser step")
-    model: str = option("tiny", "of images: tiny (a quarter of a million parameters), or a model of fastdiff train")
+    model: str = option("unet-tiny", "of images: a model of fastdiff train")
     image_size: int | None = option(None, "resize images to this; default: as they are")
     count: int = option(1000, "samples that a figure is of")
     chain_count: int = option(300, "samples of whole chains")
@@ -62,6 +59,10 @@ TINY = Effort(
     points=50,
     timesteps=20,
 )
+
+
+#: what tables and figures call the parts of a Score
+SCORES = ("FID", "Inception Score", "precision", "recall", "read as asked for", "diversity")
 
 
 class Score(NamedTuple):
@@ -92,9 +93,11 @@ class Studio:
     def __init__(
         self, folder: Path, data: str = "digits", effort: Effort = FULL, device: torch.device | str = "cpu"
     ) -> None:
-        self.folder, self.effort, self.device = folder, effort, torch.device(device)
+        self.folder, self.name, self.effort, self.device = folder, data, effort, torch.device(device)
         self.data = load(data, image_size=effort.image_size)
         check(not self.data.is_points and self.data.classes, f"recipes need images with labels, which {data} is not")
+        least, fewest = 2 * len(self.data.classes), min(effort.count, effort.chain_count)
+        check(fewest >= least, f"count and chain_count must be at least {least}, two for each class, got {fewest}")
         self.seeds = range(effort.seeds)
 
     # ---- training -------------------------------------------------------------------------
@@ -105,20 +108,19 @@ class Studio:
         Args:
             data: a set of points; by default the studio's images.
         """
-        own = self.data if data is None else load(data)
-        return load_run(self._run(own, settings), device=self.device)
+        return load_run(self._folders(data, [settings])[0], device=self.device)
 
-    def _run(self, data: Data, settings: dict[str, Any]) -> Path:
-        """The run's folder: a name that says the settings, and a mark of all of them."""
-        config = self._config(data, settings)
-        what = {"data": data.to_json(), "count": len(data), "training": asdict(config)}
-        if config.model.endswith(".json"):
-            what["model"] = _io.read_json(Path(config.model))
-        mark = hashlib.sha256(_io.to_json(what)).hexdigest()[:10]
-        folder = self.folder / NETWORKS / f"{data.name.partition(':')[0]}-{mark}"
-        if not Trainer(config, data, folder, device=self.device, resume="auto").train():
-            raise SystemExit(Signals.STATUS)  # asked to end: the step is saved, and the same command goes on from it
-        return folder
+    def train_each(self, data: str | None = None, **settings: Any) -> list[Run]:
+        """One for each seed."""
+        folders = self._folders(data, [settings | {"seed": seed} for seed in self.seeds])
+        return [load_run(folder, device=self.device) for folder in folders]
+
+    def _folders(self, name: str | None, settings: Sequence[dict[str, Any]]) -> list[Path]:
+        data = self.data if name is None else load(name)
+        where = (name or self.name, None if name else self.effort.image_size, str(self.device))
+        chosen = [Network.of(self.folder / NETWORKS, self._config(data, each), data, *where) for each in settings]
+        train(chosen)
+        return [network.folder for network in chosen]
 
     def _config(self, data: Data, settings: dict[str, Any]) -> TrainConfig:
         effort = self.effort
@@ -126,26 +128,14 @@ class Studio:
             given: dict[str, Any] = {"model": "mlp", "train_steps": effort.point_steps}
         else:
             given = {"model": effort.model, "train_steps": effort.train_steps, "batch": effort.batch}
-            given |= {"learning_rate": 5e-3} if effort.model == "tiny" else {}  # too much for larger ones
         given |= {"timesteps": effort.timesteps} | settings
         given.setdefault("save_every", given["train_steps"])
-        if given["model"] == "tiny":
-            given["model"] = str(self._tiny(data, given.get("variance") == "learned_range"))
         return TrainConfig.by_model(data, **given)
-
-    def _tiny(self, data: Data, learned_variance: bool) -> Path:
-        """The file of ``unet-small`` with half its channels."""
-        config = {**model_config("unet-small", data, learned_variance=learned_variance), "model_channels": 16}
-        content = _io.to_json(config)
-        path = self.folder / NETWORKS / f"tiny-{hashlib.sha256(content).hexdigest()[:10]}.json"
-        if not path.exists():
-            _io.replace(path, content)
-        return path
 
     def train_classifier(self, seed: int = 0) -> ClassifierRun:
         """Of noised images of the data, trained or loaded."""
         settings = {"model": "classifier", "train_steps": self.effort.classifier_steps, "seed": seed}
-        return load_classifier(self._run(self.data, settings), device=self.device)
+        return load_classifier(self._folders(None, [settings])[0], device=self.device)
 
     @cached_property
     def classifier(self) -> ClassifierRun:
@@ -235,18 +225,14 @@ class Studio:
         """By the classifier, of uint8 images ``[N, C, H, W]``."""
         return fd.metrics.collect((part.to(self.device) for part in images.split(BATCH)), self.classifier, METRICS)
 
-    def fid(self, images: Tensor) -> float:
-        """The Fréchet distance of uint8 images to all data."""
-        return self._metrics(("fid",), self.features(images), self.real_features)["fid"]
-
-    def distance(self, images: Tensor, real: Tensor) -> float:
-        """The Fréchet distance of two sets of uint8 images."""
-        return self._metrics(("fid",), self.features(images), self.features(real))["fid"]
+    def fid(self, images: Tensor, real: Tensor | None = None) -> float:
+        """The Fréchet distance of uint8 images to others, by default to all data."""
+        return self.metrics(images, "fid", real=real)["fid"]
 
     def score(self, images: Tensor, labels: Tensor | None = None) -> Score:
         """All of :class:`Score`, of uint8 images and the classes that were asked for: by default all in turn."""
         labels = self.labels(len(images)) if labels is None else labels
-        found = self._metrics(METRICS, self.features(images), self.real_features)
+        found = self.metrics(images, *METRICS)
         fid, inception_score, precision, recall = (found[name] for name in ("fid", "is", "precision", "recall"))
         diversity = _spread(images, labels) / _spread(self.real, self.real_labels)
         return Score(fid, inception_score, precision, recall, self.accuracy(images, labels), diversity)
@@ -260,10 +246,12 @@ class Studio:
         logits = [self.classifier(part.to(self.device)).logits for part in images.split(BATCH)]
         return torch.cat([each for each in logits if each is not None]).argmax(1).cpu()
 
-    def _metrics(self, names: Sequence[str], features: FeatureSet, real: FeatureSet) -> dict[str, float]:
+    def metrics(self, images: Tensor, *names: str, real: Tensor | None = None) -> dict[str, float]:
+        """Those of :func:`fd.metrics.evaluate`, of uint8 images against others, by default all data."""
+        reference = self.real_features if real is None else self.features(real)
         with warnings.catch_warnings():  # of few images the distance is larger: equal numbers of them are compared
             warnings.filterwarnings("ignore", message=".*biased upwards", category=UserWarning)
-            results = fd.metrics.evaluate(features, real, names, device=self.device)
+            results = fd.metrics.evaluate(self.features(images), reference, names, device=self.device)
         return {result.metric: result.value for result in results}
 
 

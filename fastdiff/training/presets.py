@@ -13,10 +13,11 @@ from fastdiff.models import MLP, Classifier, UNet
 from fastdiff.training.data import LABELLED, Description
 
 TYPES: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP, "classifier": Classifier}
-PRESETS = ("auto", "mlp", "unet-small", "unet", "adm", "classifier")
+PRESETS = ("auto", "mlp", "unet-tiny", "unet-small", "unet", "adm", "classifier")
 #: training settings that suit a model, where they differ from TrainConfig's defaults; those of the papers for the large
 RECIPES: dict[str, dict[str, Any]] = {
     "mlp": {"train_steps": 2500, "batch": 512, "learning_rate": 4e-3},
+    "unet-tiny": {"learning_rate": 5e-3},
     "unet": {
         "train_steps": 800_000,
         "learning_rate": 2e-4,
@@ -42,10 +43,11 @@ def model_config(name: str, data: Description, *, learned_variance: bool = False
     """The configuration of a model for ``data``: ``{"type": one of TYPES, ...constructor arguments}``.
 
     Args:
-        name: ``mlp`` for points; for images ``unet-small`` (about a million parameters, trains on a CPU), ``unet``
-            (Ho et al. 2020, 35.7 million on CIFAR-10), ``adm`` (Dhariwal & Nichol 2021: AdaGN, residual
-            up- and downsampling, more attention); ``auto`` is ``mlp`` or ``unet-small``; ``classifier``, the way down
-            of ``unet-small``, for images with labels; or the path of a JSON file with a whole configuration.
+        name: ``mlp`` for points; for images ``unet-small`` (about a million parameters, trains on a CPU), ``unet-tiny``
+            (half its channels), ``unet`` (Ho et al. 2020, 35.7 million on CIFAR-10), ``adm`` (Dhariwal & Nichol 2021:
+            AdaGN, residual up- and downsampling, more attention); ``auto`` is ``mlp`` or ``unet-small``;
+            ``classifier``, the way down of ``unet-small``, for images with labels; or the path of a JSON file with a
+            whole configuration.
 
     Raises:
         InputError: an unknown name, a file that is not such a configuration, a model that does not fit the data.
@@ -106,10 +108,10 @@ def _unet(name: str, size: int) -> dict[str, Any]:
     levels = 1
     while levels < 4 and size % 2**levels == 0 and size >> levels >= 4:
         levels += 1
-    if name == "unet-small":
+    if name in ("unet-tiny", "unet-small"):
         sizes = [size >> level for level in range(levels)]
         return {
-            "model_channels": 32,
+            "model_channels": 16 if name == "unet-tiny" else 32,
             "channel_mult": [1, 2, 2, 2][:levels],
             "num_res_blocks": 1,
             "attention_resolutions": sizes[-1:],

@@ -23,7 +23,7 @@ STEPS = (5, 10, 20, 50, 100)
 
 def run(studio: Studio, page: Page) -> None:
     count = studio.effort.chain_count
-    runs = [studio.train(**DDPM, seed=seed) for seed in studio.seeds]
+    runs = studio.train_each(**DDPM)
 
     def fids(solver: str, steps: int, **options: float) -> list[float]:
         return [studio.fid(studio.sample(r, solver, steps, count=count, seed=7, **options)) for r in runs]

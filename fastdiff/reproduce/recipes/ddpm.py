@@ -11,36 +11,34 @@ import fastdiff as fd
 from fastdiff import figures
 from fastdiff.reproduce.page import Page
 from fastdiff.reproduce.recipes import DDPM
-from fastdiff.reproduce.studio import Score, Studio
+from fastdiff.reproduce.studio import SCORES, Studio
 
 
 def run(studio: Studio, page: Page) -> None:
     count = studio.effort.chain_count
-    scores, samples = [], []
-    for seed in studio.seeds:
-        samples.append(studio.sample(studio.train(**DDPM, seed=seed), "ddpm", 2000, count=count, seed=seed))
-        scores.append(studio.score(samples[-1]))
+    runs = studio.train_each(**DDPM)
+    samples = [studio.sample(run, "ddpm", 2000, count=count, seed=seed) for seed, run in enumerate(runs)]
+    scores = [studio.score(each) for each in samples]
     page.table(
         f"{count} samples of the whole chain; FID and IS by features of a classifier of the data",
-        ["", *Score._fields],
+        ["", *SCORES],
         [["DDPM", *zip(*scores, strict=True)], ["all data", *studio.real_score]],
     )
     noise = [studio.fid(_noise(studio, count, seed)) for seed in studio.seeds]
     page.claim("Samples are nearer to the data than noise is (FID)", noise, [score.fid for score in scores])
-    first = studio.train(**DDPM)
     page.figure("samples.png", "Samples, a row for each class", studio.grid, samples[0])
     page.figure(
         "denoising.gif",
         "Ancestral sampling, every state of which 40 are shown",
         figures.animation,
-        studio.frames(first, "ddpm", 2000),
+        studio.frames(runs[0], "ddpm", 2000),
     )
     few = studio.data.batch(torch.arange(6))[0]
     page.figure(
         "forward.png",
         "The forward process with linear betas",
         figures.noising_strip,
-        first.diffusion,
+        runs[0].diffusion,
         few,
         studio.data.to_raw,
         "q(x_t | x_0)",

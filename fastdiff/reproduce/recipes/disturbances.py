@@ -100,7 +100,7 @@ def _distance(studio: Studio, x: Tensor, disturb: Callable[..., Tensor], level: 
     """Between one half of the data, disturbed, and the other half."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     half, other = order.chunk(2)
-    return studio.distance(studio.data.to_raw(disturb(x[half], level, seed)), studio.data.to_raw(x[other]))
+    return studio.fid(studio.data.to_raw(disturb(x[half], level, seed)), studio.data.to_raw(x[other]))
 
 
 def _shown(studio: Studio, x: Tensor, disturb: Callable[..., Tensor]) -> Tensor:

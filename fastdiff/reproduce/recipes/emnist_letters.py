@@ -11,18 +11,18 @@ import torch
 from fastdiff import figures
 from fastdiff.reproduce.page import Page
 from fastdiff.reproduce.recipes import VELOCITY
-from fastdiff.reproduce.studio import Score, Studio
+from fastdiff.reproduce.studio import SCORES, Studio
 
 SHOWN = 9
 
 
 def run(studio: Studio, page: Page) -> None:
-    runs = [studio.train(**VELOCITY, seed=seed) for seed in studio.seeds]
+    runs = studio.train_each(**VELOCITY)
     drawn = [studio.sample(run, "dpmpp_2m", 20, seed=seed) for seed, run in enumerate(runs)]
     scores = [studio.score(samples) for samples in drawn]
     page.table(
         f"{len(drawn[0])} samples, DPM-Solver++ in 20 steps",
-        ["", *Score._fields],
+        ["", *SCORES],
         [["samples", *zip(*scores, strict=True)], ["all data", *studio.real_score]],
     )
     chance = [1 / len(studio.data.classes)] * len(runs)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import fastdiff as fd
-from fastdiff.reproduce import plots
 from fastdiff.reproduce.page import Page
 from fastdiff.reproduce.recipes import IDDPM
-from fastdiff.reproduce.studio import Score, Studio
+from fastdiff.reproduce.studio import Studio
+from fastdiff.reproduce.sweep import sweep
 from fastdiff.training.run import Run
 
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -24,30 +24,17 @@ STEPS = 50
 def run(studio: Studio, page: Page) -> None:
     count = studio.effort.chain_count
     guide = fd.guidance.ClassifierGuidance(studio.train_classifier(seed=1).model)
-    runs = [studio.train(**IDDPM, seed=seed) for seed in studio.seeds]
+    runs = studio.train_each(**IDDPM)
     y = studio.labels(count)
-    drawn = [[_guided(studio, each, guide, scale, y) for each in runs] for scale in SCALES]
-    scores = [[studio.score(samples, y) for samples in each] for each in drawn]
-    values = {name: [[score[i] for score in each] for each in scores] for i, name in enumerate(Score._fields)}
-    page.figure(
-        "scale.png",
-        "More guidance: more of what was asked for, less variety (mean and 95 % interval over networks)",
-        plots.curves,
-        {name: {name: each} for name, each in values.items()},
-        SCALES,
-        "scale s",
-    )
-    rows = [[f"s = {scale:g}", *(values[name][i] for name in values)] for i, scale in enumerate(SCALES)]
-    page.table(f"{count} samples, DDPM in {STEPS} steps", ["", *values], rows)
-    accuracy, diversity = values["accuracy"], values["diversity"]
-    page.claim("Guidance by s = 4 raises the share that is read as asked for", accuracy[3], accuracy[0])
-    page.claim("Guidance by s = 4 lowers the diversity within a class", diversity[0], diversity[3])
-    for i, scale in enumerate(SCALES[::4]):
+    drawn = {scale: [_guided(studio, run, guide, scale, y) for run in runs] for scale in SCALES}
+    scores = {scale: [studio.score(samples, y) for samples in each] for scale, each in drawn.items()}
+    sweep(page, "s", scores, 4.0, f"{count} samples by DDPM in {STEPS} steps")
+    for scale in (SCALES[0], SCALES[-1]):
         page.figure(
             f"samples-{scale:g}.png",
             f"s = {scale:g}, a row for each class that was asked for",
             studio.grid,
-            drawn[4 * i][0],
+            drawn[scale][0],
         )
 
 

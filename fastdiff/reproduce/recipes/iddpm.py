@@ -27,10 +27,8 @@ KINDS = {
 
 def run(studio: Studio, page: Page) -> None:
     steps = [n for n in STEPS if n <= studio.effort.timesteps] or [studio.effort.timesteps]
-    bits = {
-        name: [[_bits(studio, network(studio, name, seed), n) for seed in studio.seeds] for n in steps]
-        for name in KINDS
-    }
+    runs = {name: networks(studio, name) for name in KINDS}
+    bits = {name: [[_bits(studio, run, n) for run in each] for n in steps] for name, each in runs.items()}
     page.figure(
         "bits.png",
         "The bound on the likelihood by the number of steps, mean and 95 % interval over networks",
@@ -49,23 +47,18 @@ def run(studio: Studio, page: Page) -> None:
     best = [min(pair) for pair in zip(simple[-1], large[-1], strict=True)]
     page.claim("Over the whole chain hybrid has fewer bits than simple", best, hybrid[-1])
     page.claim("Over the whole chain the bound alone has fewer bits than hybrid", hybrid[-1], bound[-1])
-    _samples(studio, page)
-
-
-def network(studio: Studio, name: str, seed: int) -> Run:
-    """One of KINDS."""
-    settings, variance = KINDS[name]
-    run = studio.train(**settings, seed=seed)
-    return replace(run, diffusion=replace(run.diffusion, variance=variance))
-
-
-def _samples(studio: Studio, page: Page) -> None:
-    rows, count = [], studio.effort.chain_count
-    for name in KINDS:
-        runs = [network(studio, name, seed) for seed in studio.seeds]
-        drawn = [[studio.sample(run, "ddpm", n, count=count) for run in runs] for n in (10, 50)]
-        rows.append([name, *([studio.fid(samples) for samples in each] for each in drawn)])
+    count = studio.effort.chain_count
+    rows = [
+        [name, *([studio.fid(studio.sample(run, "ddpm", n, count=count)) for run in each] for n in (10, 50))]
+        for name, each in runs.items()
+    ]
     page.table(f"FID of ancestral sampling, {count} samples", ["", "10 steps", "50 steps"], rows)
+
+
+def networks(studio: Studio, name: str) -> list[Run]:
+    """Those of one of KINDS."""
+    settings, variance = KINDS[name]
+    return [replace(run, diffusion=replace(run.diffusion, variance=variance)) for run in studio.train_each(**settings)]
 
 
 def _bits(studio: Studio, run: Run, steps: int) -> float:

@@ -2,7 +2,7 @@
 
 Saharia et al. 2022: the damaged image is joined to the noised one as further channels, and nothing else is changed. One
 network for all tasks: super-resolution ×2, inpainting, uncropping and, of images with colours, colourisation. It has
-never seen the images that it restores here.
+never seen the images that it restores here; the classifier that reads them has.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastdiff as fd
@@ -18,6 +18,8 @@ from fastdiff import figures
 from fastdiff._progress import progress
 from fastdiff.reproduce.page import Page
 from fastdiff.reproduce.studio import Studio
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.presets import build_model, model_config
 
 
 def smaller(x: Tensor) -> Tensor:
@@ -78,18 +80,16 @@ def run(studio: Studio, page: Page) -> None:
 
 def _trained(
     studio: Studio, diffusion: fd.Diffusion, x0: Tensor, tasks: dict[str, Callable[[Tensor], Tensor]], seed: int
-) -> fd.UNet:
+) -> nn.Module:
     """A loop of one's own around the library's loss."""
-    channels, size = studio.data.shape[:2]
+    config = model_config(studio.effort.model, studio.data) | {"condition_channels": studio.data.shape[0]}
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        network = fd.UNet(
-            size, in_channels=channels, condition_channels=channels, model_channels=16, channel_mult=(1, 2),
-            num_res_blocks=1, attention_resolutions=(size // 2,), norm_groups=8, scale_shift=True,
-        ).to(studio.device)  # fmt: skip
+        network = build_model(config | {"num_classes": None}).to(studio.device)
     steps, random = studio.effort.train_steps, torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3, weight_decay=0.0, fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps + 1, pct_start=0.1)
+    highest = TrainConfig.by_model(studio.data, model=studio.effort.model).learning_rate
+    optimizer = torch.optim.AdamW(network.parameters(), lr=highest, weight_decay=0.0, fused=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=steps + 1, pct_start=0.1)
     damages = list(tasks.values())
     for step in progress(range(steps), steps, "training"):
         images = x0[torch.randint(len(x0), (studio.effort.batch,), generator=random)].to(studio.device)
@@ -103,7 +103,7 @@ def _trained(
     return network.eval()
 
 
-def _restored(studio: Studio, network: fd.UNet, diffusion: fd.Diffusion, damaged: Tensor, seed: int) -> Tensor:
+def _restored(studio: Studio, network: nn.Module, diffusion: fd.Diffusion, damaged: Tensor, seed: int) -> Tensor:
     sampler = fd.Sampler(network, diffusion, "ddim", min(50, len(diffusion.schedule)), clip=1.0)
     return studio.data.to_raw(sampler(damaged.shape, seed=seed, condition=damaged.to(studio.device))).cpu()
 

@@ -23,7 +23,7 @@ SOLVERS = (
 
 
 def run(studio: Studio, page: Page) -> None:
-    runs = [studio.train(**DDPM, seed=seed) for seed in studio.seeds]
+    runs = studio.train_each(**DDPM)
     values = {
         solver: [[_fid(studio, each, solver, n) for each in runs] for n in BUDGETS]
         for solver in SOLVERS

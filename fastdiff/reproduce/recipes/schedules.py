@@ -24,7 +24,7 @@ STEPS = (5, 10, 20, 50, 100)
 def run(studio: Studio, page: Page) -> None:
     values: dict[str, list[list[list[float]]]] = {}
     for kind in KINDS:
-        runs = [studio.train(**DDPM | {"schedule": kind}, seed=seed) for seed in studio.seeds]
+        runs = studio.train_each(**DDPM | {"schedule": kind})
         scores = [[studio.score(studio.sample(r, "ddpm", n, variance="fixed_small")) for r in runs] for n in STEPS]
         values[kind] = [[[score[i] for score in each] for each in scores] for i in (0, 1)]
     panels = {name: {kind: values[kind][i] for kind in KINDS} for i, name in enumerate(("FID", "Inception Score"))}

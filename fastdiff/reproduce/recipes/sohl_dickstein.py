@@ -23,7 +23,7 @@ SETTINGS = {"schedule": "cosine", "prediction": "v_prediction", "variance": "lea
 
 def run(studio: Studio, page: Page) -> None:
     count = studio.effort.points
-    runs = [studio.train("swiss-roll", timesteps=100, seed=seed, **SETTINGS) for seed in studio.seeds]
+    runs = studio.train_each("swiss-roll", timesteps=100, **SETTINGS)
     fresh = points("swiss-roll", count, 1)
     distances, bounds = [], []
     for seed, each in enumerate(runs):

@@ -24,7 +24,7 @@ def run(studio: Studio, page: Page) -> None:
     panels: dict[str, dict[str, list[tuple[float, ...]]]] = {}
     bounds = {}
     for length in lengths:
-        runs = [studio.train(**DDPM, timesteps=length, seed=seed) for seed in studio.seeds]
+        runs = studio.train_each(**DDPM, timesteps=length)
         along = [_along(studio, each) for each in runs]
         for name in along[0]:
             panel = panels.setdefault(name, {})
@@ -84,9 +84,9 @@ def _along(studio: Studio, run: Run) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {f"{metric} of {what}": [] for what in ("x", "x0") for metric in ("FID", "IS")}
     for state in sampler.iterate((count, *studio.data.shape), seed=0, y=y):
         for what in ("x", "x0") if state.step in wanted else ():
-            score = studio.score(studio.data.to_raw(getattr(state, what)).cpu())
-            found[f"FID of {what}"].append(score.fid)
-            found[f"IS of {what}"].append(score.inception_score)
+            score = studio.metrics(studio.data.to_raw(getattr(state, what)).cpu(), "fid", "is")
+            found[f"FID of {what}"].append(score["fid"])
+            found[f"IS of {what}"].append(score["is"])
     return found
 
 

@@ -17,8 +17,8 @@ FIXED = COSINE | {"loss": "vlb", "variance": "fixed_small"}
 
 
 def run(studio: Studio, page: Page) -> None:
-    learned = [studio.train(**LEARNED, seed=seed) for seed in studio.seeds]
-    fixed = [studio.train(**FIXED, seed=seed) for seed in studio.seeds]
+    learned = studio.train_each(**LEARNED)
+    fixed = studio.train_each(**FIXED)
     x0, y = studio.some(64)
     bits = [
         [float(run.diffusion.bits_per_dim(run.model, x0, y=y).total.mean()) for run in runs]

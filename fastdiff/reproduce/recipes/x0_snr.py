@@ -28,7 +28,7 @@ TIMES = (0, 25, 50, 100, 150, 199)
 def run(studio: Studio, page: Page) -> None:
     count = studio.effort.points
     for name in SETS:
-        runs = [studio.train(name, **SETTINGS, seed=seed) for seed in studio.seeds]
+        runs = studio.train_each(name, **SETTINGS)
         fresh = points(name, count, 1)
         between = [energy_distance(points(name, count, 2 + seed), fresh) for seed in studio.seeds]
         drawn = {n: [studio.sample(r, "ddpm", n, count=count, seed=i) for i, r in enumerate(runs)] for n in STEPS}
