@@ -67,7 +67,7 @@ def is_whole(report, folder) -> None:
             assert all(math.isfinite(number) for number in numbers)
     for claim in report["claims"]:
         assert claim["verdict"] in ("holds", "open", "reversed")
-        assert len(claim["larger"]["values"]) == len(claim["smaller"]["values"]) == TINY.seeds
+        assert len(claim["larger"]["values"]) == len(claim["smaller"]["values"]) >= TINY.seeds
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -36,7 +36,7 @@ class Effort:
     image_size: int | None = option(None, "resize images to this; default: as they are")
     count: int = option(1000, "samples that a figure is of")
     chain_count: int = option(300, "samples of whole chains")
-    seeds: int = option(3, "networks of each kind, for intervals")
+    seeds: int = option(4, "networks of each kind, for intervals")
     classifier_steps: int = option(400, "optimiser steps of the classifier that judges images")
     point_steps: int = option(2500, "optimiser steps of each network of points")
     points: int = option(3000, "points that a distance is of")

@@ -2,7 +2,8 @@
 
 Song, Meng & Ermon 2021: a trained DDPM, sampled along a sub-sequence of its timesteps by a process that is not
 Markovian. Only sampling changes. η = 0 is deterministic: one noise gives one image, whatever the number of steps, and
-between two noises lie images.
+between two noises lie images. (The paper's table 1, CIFAR-10: FID 4.67 by η = 0 in 50 steps, 4.04 in 1000; 3.17 by
+DDPM over the whole chain.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastdiff.reproduce.recipes import DDPM
 from fastdiff.reproduce.studio import Studio
 from fastdiff.training.run import Run
 
-STEPS = (5, 10, 20, 50, 100)
+STEPS = (5, 10, 20, 50)
 
 
 def run(studio: Studio, page: Page) -> None:
@@ -30,7 +31,7 @@ def run(studio: Studio, page: Page) -> None:
 
     lines = {f"η = {eta:g}": [fids("ddim", n, eta=eta) for n in STEPS] for eta in (0.0, 0.5, 1.0)}
     lines["DDPM, Σ = β"] = [fids("ddpm", n) for n in STEPS]
-    whole = fids("ddpm", 2000)
+    whole = {"DDPM, Σ = β": fids("ddpm", 2000), "η = 0": fids("ddim", 2000)}
     page.figure(
         "steps.png",
         f"FID of {count} samples by the number of steps, mean and 95 % interval over networks",
@@ -41,15 +42,17 @@ def run(studio: Studio, page: Page) -> None:
         logx=True,
         logy=True,
     )
-    rows = [[name, *values, None] for name, values in lines.items()]
-    rows[-1][-1] = whole
+    rows = [[name, *values, whole.get(name)] for name, values in lines.items()]
     page.table("FID by the number of steps", ["", *map(str, STEPS), "all"], rows)
     fifty = lines["η = 0"][STEPS.index(50)]
-    page.claim("DDIM in 50 steps stays within 10 % of the whole chain's FID", whole, fifty, factor=1 / 1.1)
+    for name, fid in whole.items():
+        page.claim(
+            f"η = 0 in 50 steps stays within 10 % of the FID of {name} over all steps", fid, fifty, factor=1 / 1.1
+        )
     page.claim("In 10 steps η = 0 is better than DDPM (FID)", lines["DDPM, Σ = β"][1], lines["η = 0"][1])
     page.figure(
         "consistency.png",
-        "One noise in 5 to 100 steps (rows): the same digit",
+        "One noise in 5 to 50 steps (rows): the same image",
         figures.labelled_grid,
         _consistent(studio, runs[0]),
         "η = 0",

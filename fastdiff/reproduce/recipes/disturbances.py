@@ -74,15 +74,16 @@ DISTURBANCES: tuple[Callable[..., Tensor], ...] = (
 
 def run(studio: Studio, page: Page) -> None:
     x = studio.data.scale(studio.real)
+    divisions = range(3 * studio.effort.seeds)
     values = {
         disturb.__name__.replace("_", " "): [
-            [_distance(studio, x, disturb, level, seed) for seed in studio.seeds] for level in LEVELS
+            [_distance(studio, x, disturb, level, seed) for seed in divisions] for level in LEVELS
         ]
         for disturb in DISTURBANCES
     }
     page.figure(
         "fid.png",
-        "FID by the level of disturbance, mean and 95 % interval over three divisions of the data",
+        "FID by the level of disturbance, mean and 95 % interval over divisions of the data",
         plots.curves,
         {name: {name: levels} for name, levels in values.items()},
         LEVELS,

@@ -58,4 +58,4 @@ def _fid(studio: Studio, run: Run, solver: str, budget: int) -> float:
         return len(fd.Sampler(run.model, run.diffusion, solver, steps).table)
 
     steps = next(n for n in range(longest, 0, -1) if asked(n) <= budget)
-    return studio.fid(studio.sample(run, solver, steps, count=studio.effort.chain_count))
+    return studio.fid(studio.sample(run, solver, steps, count=studio.effort.count // 2))

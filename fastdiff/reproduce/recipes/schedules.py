@@ -18,7 +18,7 @@ from fastdiff.reproduce.recipes import DDPM
 from fastdiff.reproduce.studio import Studio
 
 KINDS = ("linear", "sigmoid", "cosine")
-STEPS = (5, 10, 20, 50, 100)
+STEPS = (5, 10, 20, 50)
 
 
 def run(studio: Studio, page: Page) -> None:

@@ -76,7 +76,7 @@ def _gains(line: Sequence[Sequence[float]], share: float) -> list[list[float]]:
 
 def _along(studio: Studio, run: Run) -> dict[str, list[float]]:
     """FID and Inception Score of x and x0 at PLACES of the whole chain, the first after one step."""
-    count = studio.effort.chain_count // 2
+    count = studio.effort.chain_count // 3
     sampler = fd.Sampler(run.model, run.diffusion, "ddpm", len(run.diffusion.schedule), clip=1.0)
     last = len(sampler.table) - 1
     wanted = {round(i * last / (PLACES - 1)) for i in range(PLACES)}
