@@ -22,11 +22,12 @@ from fastdiff.cli import reproduce as command
 from fastdiff.errors import InputError
 from fastdiff.reproduce import sources, summary
 from fastdiff.reproduce.page import Mean, Page
-from fastdiff.reproduce.recipes import IDDPM, NAMES, recipe
+from fastdiff.reproduce.recipes import DDPM, IDDPM, NAMES, recipe, steps
 from fastdiff.reproduce.recipes.disturbances import DISTURBANCES
 from fastdiff.reproduce.recipes.iddpm import networks
 from fastdiff.reproduce.recipes.x0_snr import exact_x0
-from fastdiff.reproduce.studio import TINY, Studio
+from fastdiff.reproduce.studio import TINY, Score, Studio
+from fastdiff.reproduce.sweep import sweep
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -151,6 +152,44 @@ def test_bits_of_recipes_are_those_of_spaced_schedules(studio) -> None:
     x0, y = studio.some(64)
     whole = run.diffusion.bits_per_dim(run.model, x0, y=y).total.mean()
     assert _bits(studio, run, TINY.timesteps) == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_what_a_part_of_the_chain_gains() -> None:
+    """Two networks whose FID falls from 80 and 40 to nothing, evenly; and one that gains all in the last eighth."""
+    even = [[80 - 10 * i, 40 - 5 * i] for i in range(9)]
+    assert steps._gains(even, 0.5) == [[40, 20], [40, 20]]
+    assert steps._gains(even, 0.75) == [[20, 10], [60, 30]]
+    assert steps._gains([[9.0]] * 8 + [[0.0]], 0.75) == [[9.0], [0.0]]
+
+
+def test_the_way_along_the_chain_ends_in_its_samples(studio) -> None:
+    run = studio.train(**DDPM)
+    found = steps._along(studio, run)
+    count = TINY.chain_count // 3
+    samples = studio.sample(run, "ddpm", TINY.timesteps, count=count)
+    first = fd.noise.normal((count, *studio.data.shape), seed=0)
+    assert {len(values) for values in found.values()} == {steps.PLACES}
+    assert found["FID of x"][-1] == pytest.approx(studio.fid(samples), rel=1e-6)
+    assert found["IS of x"][-1] == pytest.approx(studio.metrics(samples, "is")["is"], rel=1e-6)
+    assert found["FID of x0"][-1] == pytest.approx(found["FID of x"][-1], rel=1e-6)  # the last step adds no noise
+    assert found["FID of x"][0] == pytest.approx(studio.fid(studio.data.to_raw(first)), rel=0.2)  # after a step
+
+
+def test_a_sweep_compares_its_strength_with_none(tmp_path) -> None:
+    def scores(accuracy: float, diversity: float) -> list[Score]:
+        return [Score(1.0, 2.0, 0.5, 0.5, accuracy + k / 100, diversity - k / 100) for k in range(3)]
+
+    page = Page(tmp_path, "name", "title", "text")
+    by_strength = {0.0: scores(0.2, 1.0), 1.0: scores(0.9, 0.9), 2.0: scores(0.6, 0.5)}
+    sweep(page, "w", by_strength, 2.0, "samples", [("another", scores(0.4, 0.4))])
+    assert [claim["verdict"] for claim in page.claims] == ["holds", "holds"]
+    assert page.claims[0]["larger"]["value"] == pytest.approx(0.61)
+    assert page.claims[1]["smaller"]["value"] == pytest.approx(0.49)
+    [table] = page.tables
+    assert [row[0] for row in table["rows"]] == ["w = 0", "w = 1", "w = 2", "another"]
+    assert table["rows"][1][table["columns"].index("read as asked for")]["value"] == pytest.approx(0.91)
+    sweep(page, "w", dict(reversed(by_strength.items())), 0.0, "samples")
+    assert [claim["verdict"] for claim in page.claims[2:]] == ["reversed", "reversed"]
 
 
 # ---- oracles ----------------------------------------------------------------------------------

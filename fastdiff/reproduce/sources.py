@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 SYSTEMS = (
     Row("Sohl-Dickstein et al. 2015: MLP, mean and variance, the whole bound", "S0 S1", "fastdiff.models:MLP",
-        "sohl-dickstein/trajectories.png", "test_reproduce.py::test_every_recipe_leaves_a_whole_page"),
+        "sohl-dickstein/trajectories.png", "test_losses.py::test_vlb_loss_is_the_kl_in_closed_form"),
     Row("DDPM", "S0 S1 S3", "fastdiff.solvers:ddpm", "ddpm/samples.png",
         "test_diffusion.py::test_posterior_is_equation_7"),
     Row("Improved DDPM: learned variance, hybrid loss", "S0 S1 S2 S3", "fastdiff.diffusion:Diffusion", "iddpm/bits.png",
@@ -81,7 +81,7 @@ ALGORITHMS = (
     Row("Guidance with a variance between β̃ and β (exponent v)", "S3", "fastdiff.solvers:ddpm", "cfg/sweep.png",
         "test_guidance.py::test_variances_between_the_posterior_s_and_the_forward_one"),
     Row("The last 250 of 1,000 steps", "S3", "fastdiff.sampler:Sampler", "steps/along-x.png",
-        "test_reproduce.py::test_every_recipe_leaves_a_whole_page"),
+        "test_reproduce.py::test_what_a_part_of_the_chain_gains"),
 )  # fmt: skip
 SCHEDULES = (
     Row("Linear betas", "S2 S3", "fastdiff.schedule:Schedule", "schedules/linear.png",
@@ -93,7 +93,7 @@ SCHEDULES = (
     Row("Learned", "S0 S2", "fastdiff.learned_schedule:LearnedSchedule", "vdm/schedule.png",
         "test_learned_schedule.py::test_gamma_rises_whatever_the_weights"),
     Row("T = 500, 1,000, 2,000", "S3", "fastdiff.schedule:Schedule", "steps/along-x0.png",
-        "test_reproduce.py::test_every_recipe_leaves_a_whole_page"),
+        "test_reproduce.py::test_the_way_along_the_chain_ends_in_its_samples"),
 )  # fmt: skip
 METRICS = (
     Row("Fréchet distance", "S0 S3", "fastdiff.metrics:frechet_distance", "disturbances/fid.png",
@@ -109,25 +109,25 @@ METRICS = (
 )  # fmt: skip
 FIGURES = (
     Row("Swiss roll, forward and reverse", "S0", "fastdiff.figures:point_trajectories",
-        "sohl-dickstein/trajectories.png", "test_reproduce.py::test_every_recipe_leaves_a_whole_page"),
+        "sohl-dickstein/trajectories.png", "test_figures.py::test_trajectories_go_from_data_to_noise_and_back"),
     Row("One image on its way to noise and back", "S0 S1 S2", "fastdiff.figures:noising_strip",
-        "emnist-letters/corruption.png", "test_reproduce.py::test_every_recipe_leaves_a_whole_page"),
+        "emnist-letters/corruption.png", "test_figures.py::test_a_strip_is_one_path_of_the_forward_process"),
     Row("2-D data, real and generated", "S2", "fastdiff.reproduce.plots:scatters", "x0-snr/moons-circles.png",
-        "test_reproduce.py::test_exact_x0_of_gaussian_data"),
+        "test_figures.py::test_scatters_share_the_first_s_axes"),
     Row("Animations of denoising, for several w", "S2 S3", "fastdiff.figures:animation", "cfg/denoising-2.gif",
-        "test_reproduce.py::test_every_recipe_leaves_a_whole_page"),
+        "test_figures.py::test_an_animation_is_its_frames"),
     Row("Image to image, triplets", "S0", "fastdiff.figures:labelled_grid", "palette/uncropping.png",
-        "test_reproduce.py::test_cifar10_files_are_coloured_too"),
+        "test_figures.py::test_a_grid_has_a_row_for_each_name"),
     Row("FID and IS along the chain and by schedule", "S3", "fastdiff.reproduce.plots:curves", "steps/along-x.png",
-        "test_reproduce.py::test_every_recipe_leaves_a_whole_page"),
+        "test_reproduce.py::test_the_way_along_the_chain_ends_in_its_samples"),
     Row("Terms of the bound by timestep", "S3", "fastdiff.reproduce.plots:curves", "steps/bound.png",
         "test_likelihood.py::test_the_curve_is_the_mean_of_each_timestep_s_term"),
     Row("Six disturbances", "S3", "fastdiff.reproduce.recipes.disturbances:DISTURBANCES", "disturbances/fid.png",
         "test_disturbances.py::test_distances_rise_with_every_disturbance"),
     Row("Evolution of the score", "S3", "fastdiff.reproduce.plots:bars", "evolution/bars.png",
-        "test_reproduce.py::test_every_recipe_leaves_a_whole_page"),
+        "test_figures.py::test_bars_are_means_with_their_intervals"),
     Row("Strips of schedules", "S3", "fastdiff.figures:noising_strip", "schedules/linear.png",
-        "test_reproduce.py::test_every_recipe_leaves_a_whole_page"),
+        "test_figures.py::test_a_strip_is_one_path_of_the_forward_process"),
 )  # fmt: skip
 ROWS = {
     "Systems": SYSTEMS,

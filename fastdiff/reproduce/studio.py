@@ -225,7 +225,7 @@ class Studio:
         """By the classifier, of uint8 images ``[N, C, H, W]``."""
         return fd.metrics.collect((part.to(self.device) for part in images.split(BATCH)), self.classifier, METRICS)
 
-    def fid(self, images: Tensor, real: Tensor | None = None) -> float:
+    def fid(self, images: Tensor, real: FeatureSet | None = None) -> float:
         """The Fréchet distance of uint8 images to others, by default to all data."""
         return self.metrics(images, "fid", real=real)["fid"]
 
@@ -246,9 +246,9 @@ class Studio:
         logits = [self.classifier(part.to(self.device)).logits for part in images.split(BATCH)]
         return torch.cat([each for each in logits if each is not None]).argmax(1).cpu()
 
-    def metrics(self, images: Tensor, *names: str, real: Tensor | None = None) -> dict[str, float]:
+    def metrics(self, images: Tensor, *names: str, real: FeatureSet | None = None) -> dict[str, float]:
         """Those of :func:`fd.metrics.evaluate`, of uint8 images against others, by default all data."""
-        reference = self.real_features if real is None else self.features(real)
+        reference = real or self.real_features
         with warnings.catch_warnings():  # of few images the distance is larger: equal numbers of them are compared
             warnings.filterwarnings("ignore", message=".*biased upwards", category=UserWarning)
             results = fd.metrics.evaluate(self.features(images), reference, names, device=self.device)

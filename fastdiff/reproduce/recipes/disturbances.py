@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fastdiff as fd
 from fastdiff import figures
+from fastdiff.metrics.evaluation import FeatureSet
 from fastdiff.reproduce import plots
 from fastdiff.reproduce.page import Page
 from fastdiff.reproduce.studio import Studio
@@ -74,10 +75,14 @@ DISTURBANCES: tuple[Callable[..., Tensor], ...] = (
 
 def run(studio: Studio, page: Page) -> None:
     x = studio.data.scale(studio.real)
-    divisions = range(3 * studio.effort.seeds)
+    halves = [_divided(studio, x, seed) for seed in range(3 * studio.effort.seeds)]
     values = {
         disturb.__name__.replace("_", " "): [
-            [_distance(studio, x, disturb, level, seed) for seed in divisions] for level in LEVELS
+            [
+                studio.fid(studio.data.to_raw(disturb(half, level, seed)), other)
+                for seed, (half, other) in enumerate(halves)
+            ]
+            for level in LEVELS
         ]
         for disturb in DISTURBANCES
     }
@@ -97,11 +102,10 @@ def run(studio: Studio, page: Page) -> None:
     page.figure("images.png", "Two images at each level", figures.labelled_grid, shown, "disturbances")
 
 
-def _distance(studio: Studio, x: Tensor, disturb: Callable[..., Tensor], level: float, seed: int) -> float:
-    """Between one half of the data, disturbed, and the other half."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    half, other = order.chunk(2)
-    return studio.fid(studio.data.to_raw(disturb(x[half], level, seed)), studio.data.to_raw(x[other]))
+def _divided(studio: Studio, x: Tensor, seed: int) -> tuple[Tensor, FeatureSet]:
+    """One half of the data, and the features of the other."""
+    half, other = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).chunk(2)
+    return x[half], studio.features(studio.data.to_raw(x[other]))
 
 
 def _shown(studio: Studio, x: Tensor, disturb: Callable[..., Tensor]) -> Tensor:
