@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import _io
+from fastdiff import _io, backends
 from fastdiff.errors import InputError
 from fastdiff.training import checkpoint
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Data, load
 from fastdiff.training.saving import Signals
 from fastdiff.training.trainer import Trainer
+
+_ENDED = "by too little memory, from outside, or because a script lacks its if __name__ == '__main__':"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Network:
 
     Attributes:
         data: the name of a data set.
+        mark: of all settings that numbers depend on.
     """
 
     home: Path
@@ -36,15 +39,17 @@ class Network:
     data: str
     image_size: int | None
     device: str
+    backend: str
     mark: str
 
     @classmethod
     def of(cls, home: Path, config: TrainConfig, data: Data, name: str, image_size: int | None, device: str) -> Network:
-        """Of data that are loaded: a mark of all settings tells networks apart."""
+        """Of data that are loaded, to be trained by the backend that is chosen now."""
         what = {"data": data.to_json(), "count": len(data), "training": asdict(config)}
         if config.model.endswith(".json"):
             what["model"] = _io.read_json(Path(config.model))
-        return cls(home, config, name, image_size, device, hashlib.sha256(_io.to_json(what)).hexdigest()[:10])
+        mark = hashlib.sha256(_io.to_json(what)).hexdigest()[:10]
+        return cls(home, config, name, image_size, device, backends.choice(), mark)
 
     @property
     def folder(self) -> Path:
@@ -59,7 +64,8 @@ class Network:
     def train(self) -> bool:
         """To its end, from where it had come; whether it was reached."""
         data = load(self.data, image_size=self.image_size)
-        return Trainer(self.config, data, self.folder, device=self.device, resume="auto").train()
+        with backends.backend(self.backend):
+            return Trainer(self.config, data, self.folder, device=self.device, resume="auto").train()
 
 
 def train(networks: Sequence[Network]) -> None:
@@ -85,7 +91,7 @@ def _side_by_side(networks: Sequence[Network], count: int) -> bool:
         except BrokenProcessPool:
             if signals.received:
                 return False
-            raise InputError("a training process was ended from outside: is there too little memory?") from None
+            raise InputError(f"a training process ended: {_ENDED}") from None
 
 
 def _all(shares: Sequence[Future[bool]], signals: Signals) -> bool:

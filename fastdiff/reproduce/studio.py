@@ -234,7 +234,7 @@ class Studio:
         labels = self.labels(len(images)) if labels is None else labels
         found = self.metrics(images, *METRICS)
         fid, inception_score, precision, recall = (found[name] for name in ("fid", "is", "precision", "recall"))
-        diversity = _spread(images, labels) / _spread(self.real, self.real_labels)
+        diversity = spread(images, labels) / spread(self.real, self.real_labels)
         return Score(fid, inception_score, precision, recall, self.accuracy(images, labels), diversity)
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
@@ -255,8 +255,8 @@ class Studio:
         return {result.metric: result.value for result in results}
 
 
-def _spread(images: Tensor, labels: Tensor) -> float:
-    """Mean Euclidean distance between two images of one class, averaged over the classes that have two."""
-    flat, counts = images.flatten(1).float(), labels.bincount()
-    classes = (counts > 1).nonzero().flatten()
+def spread(images: Tensor, labels: Tensor) -> float:
+    """Mean Euclidean distance between two images ``[N, C, H, W]`` of one class, averaged over the classes with two."""
+    flat = images.flatten(1).float()
+    classes = (labels.bincount() > 1).nonzero().flatten()
     return float(torch.stack([torch.pdist(flat[labels == label]).mean() for label in classes]).mean())

@@ -54,8 +54,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"Written by `python -m fastdiff.reproduce.summary` from `benchmarks/results/reproduce.json`. Data: "
-        f"{first['settings']['data']}; {first['settings']['seeds']} networks of each kind; mean ± 95 % interval over "
-        f"them. An ordering holds, or does not, where the interval of the difference leaves zero out."
+        f"{first['settings']['data']}. Mean ± 95 % interval over {_over(found)}. An ordering holds, or does not, where "
+        f"the interval of the difference leaves zero out."
     )
     for report in found.values():
         yield from ("", f"## {report['title']}", "", f"`{report['command']}`", "")
@@ -66,6 +66,11 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             yield f"| {claim['text']} | **{VERDICTS[claim['verdict']]}** | {sides} |"
 
 
+def _over(found: dict[str, Any]) -> str:
+    counts = [len(claim["larger"]["values"]) for report in found.values() for claim in report["claims"]]
+    return f"{min(counts, default=0)} to {max(counts, default=0)} networks, or divisions of the data"
+
+
 def block(found: dict[str, Any]) -> str:
     """What the README says, between its marks."""
     verdicts = [claim["verdict"] for report in found.values() for claim in report["claims"]]
@@ -73,9 +78,8 @@ def block(found: dict[str, Any]) -> str:
     pictures = "\n\n".join(
         f"![{caption}](.github/images/{file.replace('/', '-')})\n\n*{caption}.*" for file, caption in PICTURES.items()
     )
-    seeds = next(iter(found.values()))["settings"]["seeds"]
     return (
-        f"Of {len(verdicts)} orderings in the sources, with 95 % intervals over {seeds} networks of each kind: {hold} "
+        f"Of {len(verdicts)} orderings in the sources, with 95 % intervals over {_over(found)}: {hold} "
         f"hold, {unclear} are neither shown nor refuted, {fail} do not hold "
         f"([all of them, with their numbers](fastdiff/reproduce/RESULTS.md)).\n\n{pictures}\n"
     )

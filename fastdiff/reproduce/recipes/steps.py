@@ -17,6 +17,7 @@ from fastdiff.reproduce.studio import Studio
 from fastdiff.training.run import Run
 
 PLACES = 9  # along a chain
+CHAINS = 3  # networks whose chains are walked, which takes minutes for each
 
 
 def run(studio: Studio, page: Page) -> None:
@@ -24,7 +25,7 @@ def run(studio: Studio, page: Page) -> None:
     panels: dict[str, dict[str, list[tuple[float, ...]]]] = {}
     bounds = {}
     for length in lengths:
-        runs = studio.train_each(**DDPM, timesteps=length)
+        runs = studio.train_each(**DDPM, timesteps=length)[:CHAINS]
         along = [_along(studio, each) for each in runs]
         for name in along[0]:
             panel = panels.setdefault(name, {})
@@ -76,7 +77,7 @@ def _gains(line: Sequence[Sequence[float]], share: float) -> list[list[float]]:
 
 def _along(studio: Studio, run: Run) -> dict[str, list[float]]:
     """FID and Inception Score of x and x0 at PLACES of the whole chain, the first after one step."""
-    count = studio.effort.chain_count // 3
+    count = studio.effort.chain_count // 4
     sampler = fd.Sampler(run.model, run.diffusion, "ddpm", len(run.diffusion.schedule), clip=1.0)
     last = len(sampler.table) - 1
     wanted = {round(i * last / (PLACES - 1)) for i in range(PLACES)}
@@ -92,7 +93,7 @@ def _along(studio: Studio, run: Run) -> dict[str, list[float]]:
 
 def _terms(studio: Studio, run: Run) -> list[float]:
     """Mean terms by timestep."""
-    x0, y = studio.some(min(32, studio.effort.chain_count))
+    x0, y = studio.some(min(16, studio.effort.chain_count))
     curve: list[float] = run.diffusion.bits_per_dim(run.model, x0, y=y).curve.tolist()
     return curve
 
