@@ -3,6 +3,8 @@
 # tests and the benchmarks (all, or those named), leave OUT/machine.txt, OUT/log.txt and OUT/NAME.json, and print a short
 # summary last. First nobody compiles, which takes minutes for a network; then, while time is left, the peers that do
 # are added (OUT/NAME-compiled.json). Exit status 1 if a test or a benchmark failed; the benchmarks run in either case.
+# With the one name "proofs" it runs the long tail in place of benchmarks: ten thousand random cases of each op, races
+# looked for by repetition, and compute-sanitizer's four tools over the CUDA kernels; for a run of its own.
 # PYTHON: the interpreter (python3). LIMIT: seconds for everything (560). FASTDIFF_COMMIT: what is measured, without git.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: benchmarks/gpu.sh OUT [NAME...]" >&2; exit 2; }
@@ -60,24 +62,50 @@ for path in map(Path, sys.argv[1:]):
 PY
 }
 
+tests() {
+  local files
+  mapfile -t files < <(gpu_tests 2>>"$log")
+  [ ${#files[@]} -eq 0 ] || stage tests 200 "${pytest[@]}" -m "gpu and not slow" "${at_once[@]}" "${files[@]}"
+  [ ${#at_once[@]} -eq 0 ] || stage large 60 "${pytest[@]}" -m gpu -k 31_bits tests/test_gpu.py
+}
+
+benchmarks() {
+  [ ${#names[@]} -gt 0 ] || {
+    stage ceilings 60 "$python" -m benchmarks.ceilings "$out/ceilings.json"
+    mapfile -t names < <("$python" -c 'import benchmarks; print(*sorted(benchmarks.NAMES, key="sampling".__eq__), sep="\n")')
+  }
+  for name in "${names[@]}"; do
+    stage "$name" 400 "$python" -m benchmarks "$name" --no-slow --device cuda --seconds 0.4 --json "$out/$name.json"
+  done
+  for name in "${names[@]}"; do
+    stage "$name compiled" 400 "$python" -m benchmarks "$name" --device cuda --seconds 0.4 --json "$out/$name-compiled.json"
+  done
+}
+
+proofs() {
+  stage long 400 "${pytest[@]}" -m "gpu and slow" "${at_once[@]}" tests/test_gpu_long.py
+  local tool only checked="native and not 31_bits and (ops_equal or norm)"
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor is an allocation whose ends are known
+  for tool in memcheck racecheck synccheck initcheck; do
+    only=(--kernel-name kns=fastdiff)
+    [ $tool != initcheck ] || only=() # which has to see what PyTorch's kernels write
+    stage $tool 120 compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no "${only[@]}" \
+      "${pytest[@]}" -m "gpu and not slow" -k "$checked" tests/test_gpu.py
+  done
+}
+
+pytest=("$python" -m pytest -p no:cacheprovider)
+at_once=() # Triton compiles on the CPU: with pytest-xdist a minute and a half instead of ten
+! "$python" -c 'import xdist' 2>/dev/null || at_once=(-n 12 -p no:benchmark -k "not 31_bits")
 describe >"$out/machine.txt" 2>&1
 stage build 240 "$python" setup.py build_ext --inplace
 stage backends 60 "$python" -c 'import fastdiff; print(fastdiff.explain("cuda"))'
-mapfile -t tests < <(gpu_tests 2>>"$log")
-at_once=()  # Triton compiles on the CPU: with pytest-xdist a minute and a half instead of ten
-! "$python" -c 'import xdist' 2>/dev/null || at_once=(-n 12 -p no:benchmark -k "not 31_bits")
-[ ${#tests[@]} -eq 0 ] || stage tests 200 "$python" -m pytest -m gpu -p no:cacheprovider "${at_once[@]}" "${tests[@]}"
-[ ${#at_once[@]} -eq 0 ] || stage large 60 "$python" -m pytest -m gpu -p no:cacheprovider -k 31_bits tests/test_gpu.py
-[ ${#names[@]} -gt 0 ] || {
-  stage ceilings 60 "$python" -m benchmarks.ceilings "$out/ceilings.json"
-  mapfile -t names < <("$python" -c 'import benchmarks; print(*sorted(benchmarks.NAMES, key="sampling".__eq__), sep="\n")')
-}
-for name in "${names[@]}"; do
-  stage "$name" 400 "$python" -m benchmarks "$name" --no-slow --device cuda --seconds 0.4 --json "$out/$name.json"
-done
-for name in "${names[@]}"; do
-  stage "$name compiled" 400 "$python" -m benchmarks "$name" --device cuda --seconds 0.4 --json "$out/$name-compiled.json"
-done
+if [ "${names[*]}" = proofs ]; then
+  proofs
+else
+  tests
+  benchmarks
+fi
 
 printf '\n'
 cat "$out/machine.txt"
