@@ -17,6 +17,7 @@ from fastdiff import _io, figures, ops
 from fastdiff.cli.options import BackendName, DeviceName, choose_device
 from fastdiff.cli.sample import SampleConfig, draw, write_samples
 from fastdiff.errors import check
+from fastdiff.reproduce.studio import spread
 from fastdiff.training import checkpoint
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Data, load
@@ -87,13 +88,8 @@ def judge(samples: Tensor, labels: Tensor, data: Data) -> dict[str, float]:
     return {
         "class_accuracy": float(reader.score(fake.numpy(), labels.numpy())),
         "real_class_accuracy": float(reader.score(real[held_out].numpy(), real_labels[held_out].numpy())),
-        "intra_class_diversity": _diversity(fake, labels) / _diversity(real, real_labels),
+        "intra_class_diversity": spread(fake, labels) / spread(real, real_labels),
     }
-
-
-def _diversity(images: Tensor, labels: Tensor) -> float:
-    """Mean Euclidean distance between two images of one class, averaged over the classes."""
-    return float(torch.stack([torch.pdist(images[labels == label]).mean() for label in labels.unique()]).mean())
 
 
 def _draw_pictures(out: Path, trainer: Trainer, samples: Tensor, labels: Tensor, trajectory: list[Tensor]) -> None:
