@@ -24,6 +24,8 @@ def curves(
     path: Path, panels: Mapping[str, Lines], x: Sequence[float], xlabel: str, *, logx: bool = False, logy: bool = False
 ) -> None:
     """A panel for each quantity: the mean over seeds of each line, and its 95 % interval as a band."""
+    from matplotlib.ticker import LogFormatter
+
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = figures.subplots(rows, columns, size=(4.6 * columns, 3.6 * rows))
@@ -33,10 +35,12 @@ def curves(
         axis.set(xlabel=xlabel, ylabel=ylabel)
         if logy:  # a band may reach below zero: the axis ends at half the least mean
             axis.set(yscale="log", ylim=(min(Mean.of(v).value for each in lines.values() for v in each) / 2, None))
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # else one decade has one label
         if logx:
             axis.set_xscale("log")
             axis.set_xticks(x, [f"{place:g}" for place in x])
-            axis.minorticks_off()
+            axis.set_xticks([], minor=True)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     if len(next(iter(panels.values()))) > 1:
