@@ -186,6 +186,9 @@ def test_the_way_along_the_chain_ends_in_its_samples(studio) -> None:
     assert found["IS of x"][-1] == pytest.approx(studio.metrics(samples, "is")["is"], rel=1e-6)
     assert found["FID of x0"][-1] == pytest.approx(found["FID of x"][-1], rel=1e-6)  # the last step adds no noise
     assert found["FID of x"][0] == pytest.approx(studio.fid(studio.data.to_raw(first)), rel=0.2)  # after a step
+    sampler = fd.Sampler(run.model, run.diffusion, "ddpm", TINY.timesteps, clip=1.0)
+    x0 = next(iter(sampler.iterate(first.shape, seed=0, y=studio.labels(count)))).x0
+    assert found["FID of x0"][0] == pytest.approx(studio.fid(studio.data.to_raw(x0)), rel=1e-6)
 
 
 def test_a_sweep_compares_its_strength_with_none(tmp_path) -> None:
