@@ -177,6 +177,7 @@ def _group(backend: str, method: str, number: int, count: int, timeout: timedelt
     attempt = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     distributed.init_process_group(backend, store=attempt, rank=number, world_size=count, timeout=timeout)
     try:
+        distributed.barrier()  # nobody begins, and perhaps ends, while another one still connects to him
         yield
         distributed.barrier()  # nobody leaves while another one still reads from him
     except InputError as error:
