@@ -606,6 +606,15 @@ def test_exit_without_closing():
     assert soon(lambda: not any(map(alive, out.split())), 1)
 
 
+@pytest.fixture
+def keyboard():
+    """What started the tests may have told them to ignore it, as shells do with what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keyboard")
 def test_interrupted_by_the_keyboard():
     """While it waits for a worker that hangs."""
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
