@@ -217,6 +217,11 @@ class Studio:
         return self.score(self.real, self.real_labels)
 
     @cached_property
+    def real_spread(self) -> float:
+        """Mean distance of two of the data's images of a class."""
+        return spread(self.real, self.real_labels)
+
+    @cached_property
     def real_features(self) -> FeatureSet:
         """Of all images of the data."""
         return self.features(self.real)
@@ -234,7 +239,7 @@ class Studio:
         labels = self.labels(len(images)) if labels is None else labels
         found = self.metrics(images, *METRICS)
         fid, inception_score, precision, recall = (found[name] for name in ("fid", "is", "precision", "recall"))
-        diversity = spread(images, labels) / spread(self.real, self.real_labels)
+        diversity = spread(images, labels) / self.real_spread
         return Score(fid, inception_score, precision, recall, self.accuracy(images, labels), diversity)
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
